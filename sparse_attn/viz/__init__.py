@@ -1,0 +1,1 @@
+"""Pictures and tables of patterns and runs, for the terminal, notebooks and reports."""

@@ -1,0 +1,18 @@
+"""Settings every test shares: CPU only, and hypothesis without deadlines or randomness."""
+
+import os
+
+import hypothesis
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+_WITHOUT_SHRINKING = (
+    hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate,
+)  # fmt: skip
+
+hypothesis.settings.register_profile("default", derandomize=True, deadline=None)
+# For the second Python version: the same properties, fewer draws, no search for the smallest case.
+hypothesis.settings.register_profile(
+    "quick", derandomize=True, deadline=None, max_examples=5, phases=_WITHOUT_SHRINKING
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
