@@ -1,0 +1,1 @@
+"""Sweeps: which runs there are (`sweep`, `units`), how they are started and followed (`engine`)."""
