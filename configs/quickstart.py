@@ -30,6 +30,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.name = chosen["variant"]
     config.model.pattern = PATTERNS[chosen["variant"]]
     config.model.update(common.SIZES[chosen["size"]])
+    config.model.block = 64  # Rows of 512 tokens: blocks of 128 would hide most of a pattern.
     config.data.batch_size = 4
     config.train.steps = 160
     config.train.eval_every = 40

@@ -1,0 +1,1 @@
+"""Training: plain functions and dataclasses; only `main` knows configs, only `checkpoint` Orbax."""
