@@ -248,7 +248,7 @@ def _padded_lists(grid, xp):
     """starts, counts, partial counts and indices of `[M, U, rows, width]` block states."""
     width = grid.shape[-1]
     # PARTIAL sorts before FULL before EMPTY, ascending index within each: the list order.
-    order = xp.where(grid == BlockState.EMPTY, 3, grid) * width + xp.arange(width)
+    order = xp.where(grid == BlockState.EMPTY, 3, grid).astype(np.int32) * width + xp.arange(width)
     order = xp.sort(order, axis=-1)
     indices = xp.where(order < 3 * width, order % width, -1)
     counts = (grid != BlockState.EMPTY).sum(-1)

@@ -43,12 +43,14 @@ def restrict(
         (kv_low, kv_high, kv_all), (q_low, q_high, q_all),
     )  # fmt: skip
     bits = mask.bits
+    if bits is not None:
+        bits = jnp.broadcast_to(bits, (kv_counts.shape[0], *bits.shape[1:]))
     return dataclasses.replace(
         mask,
         kv_starts=kv_starts, kv_counts=kv_counts, kv_partial_counts=kv_partial,
         kv_indices=kv_indices, q_starts=q_starts, q_counts=q_counts,
         q_partial_counts=q_partial, q_indices=q_indices, kv_bits=kv_bits, q_bits=q_bits,
-        bits=None if bits is None else jnp.broadcast_to(bits, (kv_counts.shape[0], *bits.shape[1:])),
+        bits=bits,
     )  # fmt: skip
 
 
@@ -86,7 +88,7 @@ def _restrict_lists(starts, counts, partial_counts, indices, bits, mine, theirs)
         kept = listed & overlap
         state = jnp.where(full, 1, jnp.where(kept, 0, 2))
         slot = jnp.full_like(indices, -1) if bits is None else bits
-        _, order, indices, slot = jax.lax.sort(
+        _, _, indices, slot = jax.lax.sort(
             (row, state * width + other, jnp.where(kept, indices, -1), slot), num_keys=2
         )
         counts = jax.ops.segment_sum(kept.astype(jnp.int32), row, num_rows)

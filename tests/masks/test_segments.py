@@ -79,10 +79,10 @@ def packed(rng, batch, length, longest):
     return ids.astype(np.int32)
 
 
-@hypothesis.settings(max_examples=25)
+@hypothesis.settings(max_examples=15)
 @hypothesis.given(
     pattern=st.sampled_from(PATTERNS),
-    lengths=st.sampled_from([(20, 20), (17, 40), (33, 16), (1, 9)]),
+    lengths=st.sampled_from([(20, 20), (17, 40), (1, 9)]),
     blocks=st.sampled_from([(4, 4), (8, 4)]),
     longest=st.sampled_from([1, 3, 12, 60]),
     scattered=st.booleans(),

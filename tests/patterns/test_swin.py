@@ -62,9 +62,8 @@ def test_shifted_windows_are_roll_window_and_region_mask(shape, size, shift):
     np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (7, 10)])
-def test_attention_in_windows_is_attention_under_the_mask(shape):
-    size, length = 4, int(np.prod(shape))
+def test_attention_in_windows_is_attention_under_the_mask():
+    shape, size, length = (7, 10), 4, 70
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, length, 2, 8))
     out = attend_lib.attend(q, k, v, mask=Swin(shape, size, 2))
     allowed = rolled_windows(np.arange(length).reshape(shape), size, 2)
@@ -97,12 +96,12 @@ def test_style_swin_splits_the_heads():
 def test_rectangles_and_their_shift():
     wide, tall = swin.rectangles((8, 8), (2, 4), num_heads=2).patterns
     assert on_grid.pairs(wide, 64) == on_grid.pairs(tall, 64) == 64 * 8
-    moved, _ = swin.rectangles((8, 8), (2, 4), num_heads=2, shifted=(True,)).patterns
+    moved, _ = swin.rectangles((8, 8), (2, 4), num_heads=2, layer=1).patterns
     assert on_grid.seen_from(moved, (0, 0))[:2] == ["Q#......", "........"]
     # Both orientations and the shift connect everything in a few layers.
     step = np.zeros((64, 64), bool)
-    for layer in ((False,), (True,)):
-        for p in swin.rectangles((8, 8), (2, 4), 2, shifted=layer).patterns:
+    for layer in (0, 1):
+        for p in swin.rectangles((8, 8), (2, 4), 2, layer=layer).patterns:
             step |= on_grid.dense(p, 64)
     assert (np.linalg.matrix_power(step.astype(int), 5) > 0).all()
 
