@@ -5,6 +5,9 @@ import os
 import hypothesis
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Read when a kernel is defined, so it must be known before any test is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _WITHOUT_SHRINKING = (
     hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate,

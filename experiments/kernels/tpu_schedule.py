@@ -1,0 +1,126 @@
+"""The TPU compiler's schedule of a kernel, without a TPU: VLIW bundles by part, and slots used."""
+
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from sparse_attn.ops import tiles
+
+GENERATIONS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+# Slots of a bundle on v5e; shares on the other generations are relative to these.
+SLOTS = {
+    "matmul": 4, "matpush": 4, "xlu": 3, "valu": 4, "vpop": 2, "eup": 1, "vload": 3, "fill": 3,
+    "vstore": 1, "spill": 1, "salu": 2,
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Kernel:
+    """Bundles of one kernel. `bodies` hold the products: FULL then PARTIAL for ours."""
+
+    name: str
+    bodies: list[int]
+    first: int
+    last: int
+    rest: int
+    slots: list[dict[str, float]]
+
+
+def start(dump: str) -> None:
+    """Tells libtpu, which is not loaded yet, to write its schedules."""
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ["LIBTPU_INIT_ARGS"] = (
+        f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
+        "--xla_jf_dump_llo_pass_label_regex=.*final.*"
+    )
+    jax.config.update("jax_platforms", "cpu")
+
+
+def compile_kernels(generation: str, f: Callable, args: Any, dump: str) -> dict[str, Kernel]:
+    """The kernels of `jit(f)` by name, and the memory that the program needs."""
+    topology = topologies.get_topology_desc(topology_name=GENERATIONS[generation], platform="tpu")
+    chip = topology.devices[0]
+    mesh = jax.sharding.Mesh([chip], ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+    abstract = jax.sharding.AbstractMesh(
+        (), (), abstract_device=jax.sharding.AbstractDevice(
+            device_kind=chip.device_kind, num_cores=1, platform="tpu"
+        ),
+    )  # fmt: skip
+    target = tiles.Target("tpu", chip.device_kind)
+    with jax.sharding.use_abstract_mesh(abstract), tiles.assume(target):
+        jax.jit(f).trace(*args).lower(lowering_platforms=("tpu",)).compile()
+    kernels = {}
+    for path in pathlib.Path(dump).glob("*-final_bundles.txt"):
+        if "schedule-analysis" in path.name:
+            continue
+        if (kernel := read_kernel(path)) is not None:
+            kernels[kernel.name] = kernel
+    for path in pathlib.Path(dump).iterdir():
+        path.unlink()
+    return kernels
+
+
+def read_kernel(path: pathlib.Path) -> Kernel | None:
+    """Cuts the bundles of a kernel at its predicated regions; None where it has no product."""
+    bundles: list[str] = []
+    for line in path.read_text().split("\n"):
+        if re.match(r"\s*(0x[0-9a-f]+|0)\s+\w*\s*:", line):
+            bundles.append(line)
+        elif bundles:
+            bundles[-1] += line
+    starts, ends = {}, {}
+    for at, text in enumerate(bundles):
+        for side, found in ((starts, r"Start region (\d+)"), (ends, r"End region (\d+)")):
+            side.update({int(n): at for n in re.findall(found, text)})
+    regions = sorted((starts[r], ends[r]) for r in starts if r in ends)
+    products = np.cumsum([0] + [text.count("vmatmul") for text in bundles])
+    with_products = [(a, b) for a, b in regions if products[b + 1] > products[a]]
+    bodies = [
+        (a, b) for a, b in with_products
+        if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in with_products)
+    ]  # fmt: skip
+    if not bodies:
+        return None
+    around = [(a, b) for a, b in regions if a <= bodies[0][0] and b >= bodies[-1][1]]
+    loop = max((r for r in around if r not in bodies), key=lambda r: r[1] - r[0])
+    size = lambda region: region[1] - region[0] + 1  # noqa: E731
+    near = 40  # Bundles between neighbouring regions, at most.
+    opening = [r for r in regions if bodies[0][0] - near < r[1] < bodies[0][0]]
+    closing = [r for r in regions if bodies[-1][1] < r[0] < bodies[-1][1] + near]
+    first = max(map(size, opening), default=0)
+    last = max(map(size, closing), default=0)
+    use = path.with_name(
+        next(
+            x.name for x in path.parent.iterdir()
+            if x.name.endswith("final_hlo-static-per-bundle-utilization.txt")
+            and x.name.split("-")[0] == path.name.split("-")[0]
+        )
+    )  # fmt: skip
+    rows = use.read_text().split("== UTILIZATION:\n")[1].strip().split("\n")
+    table = np.array([row.split()[: len(SLOTS)] for row in rows], int)
+    shares = [
+        dict(
+            zip(
+                SLOTS,
+                (table[a : b + 1].mean(0) / np.array([*SLOTS.values()])).round(3).tolist(),
+                strict=True,
+            )
+        )
+        for a, b in bodies
+    ]
+    lengths = [size(r) for r in bodies]
+    name = re.sub(r"^\d+-", "", path.name).split("-")[0]
+    rest = size(loop) - sum(lengths) - first - last
+    return Kernel(name, lengths, first, last, rest, shares)

@@ -1,0 +1,1 @@
+"""How block masks are executed: one folder per op, one file per backend."""

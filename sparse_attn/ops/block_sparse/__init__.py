@@ -1,0 +1,1 @@
+"""Softmax attention over the active blocks of a `BlockMask`; `reference.py` defines it."""

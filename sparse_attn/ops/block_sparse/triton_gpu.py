@@ -1,0 +1,209 @@
+"""Backend for NVIDIA GPUs from Ampere on: the kernels of `triton_kernels.py` through jax-triton."""
+
+import importlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_attn.ops import tiles
+from sparse_attn.ops.block_sparse import inputs as inputs_lib
+from sparse_attn.ops.block_sparse import triton_kernels, triton_rules
+
+_LOG2E = 1.4426950408889634
+_MAX_HEAD_DIM = 256
+
+
+class Tile(NamedTuple):
+    """Tokens of queries and keys per tile, and how many warps and pipeline stages work on it."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """The tile of each kernel."""
+
+    forward: Tile
+    dq: Tile
+    dkv: Tile
+
+
+def check(inputs: inputs_lib.Inputs) -> None:
+    """Raises NotImplementedError(reason) for what this backend cannot do."""
+    target = tiles.target()
+    if target.platform != "gpu" or target.compute_capability is None:
+        raise NotImplementedError(f"needs an NVIDIA GPU, the target is {target.kind}")
+    if float(target.compute_capability) < 8.0:
+        raise NotImplementedError(
+            f"needs compute capability 8.0 (Ampere), {target.kind} has {target.compute_capability}"
+        )
+    widest = max(inputs.q.shape[3], inputs.v.shape[3])
+    if widest > _MAX_HEAD_DIM:
+        raise NotImplementedError(f"head_dim={widest} is over {_MAX_HEAD_DIM}")
+    _jax_triton()
+    _rule(inputs)
+
+
+def forward(inputs: inputs_lib.Inputs) -> tuple[jax.Array, jax.Array]:
+    """`out [B, T, N, Hv]` in q's dtype and `lse [B, T, N]` float32, sink included in lse."""
+    tile = _fitted(_tiles(inputs).forward, inputs.mask, "queries")
+    arrays = (inputs.q, inputs.k, inputs.v, inputs.key_bias, inputs.sink_logits)
+    outputs = (
+        jax.ShapeDtypeStruct((*inputs.q.shape[:3], inputs.v.shape[3]), inputs.q.dtype),
+        jax.ShapeDtypeStruct(inputs.q.shape[:3], jnp.float32),
+    )
+    sinks = inputs.sink_logits is not None
+    return _launch(triton_kernels.forward_kernel, inputs, tile, "kv", arrays, outputs, SINKS=sinks)
+
+
+def backward(
+    inputs: inputs_lib.Inputs, lse: jax.Array, dout: jax.Array, delta: jax.Array
+) -> inputs_lib.Grads:
+    """Gradients from `p = exp(logits - lse)` and `ds = p * (dout @ v.T - delta)`."""
+    q, k, v, bias, mask = inputs.q, inputs.k, inputs.v, inputs.key_bias, inputs.mask
+    # Rows become contiguous, and exp2(logits - inf) = 0 gives empty rows zero gradients.
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * _LOG2E).swapaxes(1, 2)
+    arrays = (q, k, v, dout, lse, delta.swapaxes(1, 2), bias)
+    chosen = _tiles(inputs)
+    dq, dk, dv = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
+    each_head = (q.shape[0], q.shape[2], k.shape[1])
+    dbias = jax.ShapeDtypeStruct((1,) if bias is None else each_head, jnp.float32)
+    tile = _fitted(chosen.dq, mask, "queries")
+    (dq,) = _launch(triton_kernels.dq_kernel, inputs, tile, "kv", arrays, (dq,))
+    tile = _fitted(chosen.dkv, mask, "keys")
+    dk, dv, dbias = _launch(triton_kernels.dkv_kernel, inputs, tile, "q", arrays, (dk, dv, dbias))
+    if bias is None:
+        return inputs_lib.Grads(dq, dk, dv, None)
+    return inputs_lib.Grads(dq, dk, dv, dbias if bias.shape[1] > 1 else dbias.sum(1, keepdims=True))
+
+
+def _launch(kernel, inputs, tile, side, arrays, outputs, **constants):
+    """Calls a kernel over the lists of `side`: of keys by row ("kv"), of queries by column ("q").
+
+    Its arguments: arrays, ids and positions, lists, sizes, and last the outputs.
+    """
+    q, k, v, mask = inputs.q, inputs.k, inputs.v, inputs.mask
+    programs = _programs(mask, side, q.shape[2], k.shape[2])
+    indices, slots = (getattr(mask, f"{side}_{name}") for name in ("indices", "bits"))
+    ids = (inputs.q_segment_ids, inputs.kv_segment_ids, inputs.q_positions, inputs.kv_positions)
+    absent = jnp.zeros((1,), jnp.int32)
+    operands = (*arrays, *ids, programs, indices, slots, mask.bits)
+    num_slots = 1 if mask.bits is None else mask.bits.shape[2]
+    sizes = (mask.q_len, mask.kv_len, programs.shape[1], indices.shape[-1], num_slots)
+    if side == "kv":  # A program owns queries and walks over keys.
+        own, walked, part, step = mask.block_q, mask.block_kv, tile.queries, tile.keys
+    else:
+        own, walked, part, step = mask.block_kv, mask.block_q, tile.keys, tile.queries
+    length = mask.kv_len if side == "kv" else mask.q_len
+    return _jax_triton().triton_call(
+        *[absent if x is None else jnp.asarray(x) for x in operands], *sizes,
+        kernel=kernel, out_shape=outputs, grid=(q.shape[0] * programs.shape[1] * -(-own // part),),
+        num_warps=tile.warps, num_stages=tile.stages,
+        HEADS=q.shape[2], KV_HEADS=k.shape[2], H=q.shape[3], HV=v.shape[3],
+        HP=_padded(q.shape[3]), HVP=_padded(v.shape[3]),
+        BLOCK_Q=mask.block_q, BLOCK_KV=mask.block_kv, QUERIES=tile.queries, KEYS=tile.keys,
+        SCALE=inputs.scale, CAP=inputs.logits_soft_cap,
+        BIAS=0 if inputs.key_bias is None else inputs.key_bias.shape[1],
+        RULE=_rule(inputs), BITS=mask.bits is not None, IDS=inputs.q_segment_ids is not None,
+        POSITIONS=0 if inputs.q_positions is None else inputs.q_positions.shape[0],
+        NUM_TABLES=mask.num_tables, MASK_BATCH=mask.batch > 1,
+        EVEN=length % walked == 0 and walked % step == 0, **constants,
+    )  # fmt: skip
+
+
+def _programs(mask, side, heads, kv_heads):
+    """What each program works on, int32 `[M, P, G, 6]`: see `_record`.
+
+    Rows: one program per head and block, G = 1. Columns: one per KV head and block, with the G
+    query heads of its group. Static ones start with the longest, so that none is left for the end.
+    """
+    xp = np if mask.is_static else jnp
+    groups = np.arange(heads).reshape(heads if side == "kv" else kv_heads, 1, -1)
+    tables = mask.tables_of_heads(heads)[groups]
+    lists = [
+        xp.moveaxis(getattr(mask, f"{side}_{name}")[:, tables[:, 0]], -1, 2)
+        for name in ("starts", "partial_counts", "counts")
+    ]
+    shape = lists[0].shape  # M, owners, blocks, G
+    block = np.arange(shape[2])[:, None]
+    fields = [xp.broadcast_to(x, shape) for x in (groups, block, tables, *lists)]
+    records = xp.stack(fields, -1).reshape(shape[0], -1, shape[3], 6).astype(np.int32)
+    if not mask.is_static or mask.batch > 1:
+        return records
+    work = lists[2][0].sum(-1)
+    owner = np.broadcast_to(np.arange(shape[1])[:, None], work.shape)
+    # Far above the mean: at once. The rest head by head, whose keys then stay in the cache.
+    owner = np.where(work > 2 * work.mean(), -1, owner)
+    return records[:, np.lexsort((-work.ravel(), owner.ravel()))]
+
+
+def _jax_triton():
+    # Imported here: it raises on a JAX without CUDA.
+    try:
+        return importlib.import_module("jax_triton")
+    except ImportError as error:
+        reason = str(error).splitlines()[0]
+        raise NotImplementedError(f"needs jax-triton, which cannot be imported: {reason}") from None
+
+
+def _rule(inputs):
+    """The element rule as a Triton function, or None when bits decide."""
+    rules = inputs.mask.rules
+    without = [rule is None for rule in rules]
+    if any(without):
+        if not all(without) or inputs.mask.bits is None:
+            raise NotImplementedError("some tables have a rule and some have bits")
+        return None
+    return triton_rules.rule_of(rules)
+
+
+# --- Tiles ----------------------------------------------------------------------------------------
+
+
+def _padded(head_dim):
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _tiles(inputs) -> Tiles:
+    """Tiles for the device, the dtype and the head dimension, before they meet the mask."""
+    widest = _padded(max(inputs.q.shape[3], inputs.v.shape[3]))
+    capability = float(tiles.target().compute_capability)
+    if inputs.q.dtype == jnp.float32:
+        # Exact float32 products run on the scalar units: small tiles, or registers spill.
+        small = Tile(32, 32, 8, 1) if widest <= 128 else Tile(16, 16, 8, 1)
+        return Tiles(small, small, small)
+    if widest <= 64:
+        return Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3))
+    if 9.0 <= capability < 12.0:  # 227 KiB of shared memory
+        if widest <= 128:
+            keys = 64 if _busy(inputs) else 128
+            return Tiles(Tile(128, keys, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3))
+        return Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))
+    roomy = capability == 8.0  # 163 KiB, not 99 KiB
+    if widest <= 128:
+        return Tiles(Tile(128, 64, 8, 2 + roomy), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
+    return Tiles(Tile(64, 32, 4, 1 + roomy), Tile(32, 32, 4, 1 + roomy), Tile(32, 32, 4, 1 + roomy))
+
+
+def _busy(inputs) -> bool:
+    """Whether elements take much more than their product: wide tiles then run out of registers."""
+    if inputs.key_bias is not None or inputs.logits_soft_cap is not None:
+        return True
+    mask = inputs.mask
+    return mask.is_static and 2 * mask.kv_partial_counts.sum() > mask.kv_counts.sum()
+
+
+def _fitted(tile, mask, owner) -> Tile:
+    """The tile cut to the mask's blocks: powers of two >= 16, as the matrix units want.
+
+    `owner` is the side that a program keeps, "queries" or "keys"; warps share its rows.
+    """
+    cut = tile._replace(
+        queries=min(tile.queries, _padded(mask.block_q)),
+        keys=min(tile.keys, _padded(mask.block_kv)),
+    )
+    return cut._replace(warps=max(1, tile.warps * getattr(cut, owner) // getattr(tile, owner)))

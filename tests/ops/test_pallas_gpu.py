@@ -1,0 +1,160 @@
+"""The Hopper kernels without a GPU: refusals, that every cell lowers for CUDA, sharing out.
+
+Their numbers are checked by the contract suite in the interpreter (test_contract.py), and on a GPU
+by `python -m experiments.kernels.gpu_check`.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_attn.masks import block_mask, lower
+from sparse_attn.ops import attend as attend_lib
+from sparse_attn.ops import plgpu_compat, tiles
+from sparse_attn.ops.block_sparse import gpu_walk, pallas_gpu, vjp
+from sparse_attn.ops.block_sparse import inputs as inputs_lib
+from sparse_attn.patterns import causal, local
+from tests.ops import contract, problems
+
+HOPPER = tiles.Target("gpu", "NVIDIA H200", "9.0")
+WINDOW = local.Local(window=200)
+
+needs_mosaic = pytest.mark.skipif(
+    plgpu_compat.missing() is not None, reason=f"Mosaic GPU {plgpu_compat.missing()}"
+)
+
+
+def make_inputs(mask, *, dim=64, dtype=jnp.bfloat16, heads=2, kv_heads=2, length=512):
+    q, k, v = (
+        jax.ShapeDtypeStruct((1, length, n, dim), dtype) for n in (heads, kv_heads, kv_heads)
+    )
+    return inputs_lib.Inputs(q, k, v, mask, *(None,) * 6, dim**-0.5, None)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    "target, change, reason",
+    [
+        (tiles.Target("cpu", "cpu"), {}, "needs an NVIDIA Hopper GPU"),
+        (tiles.Target("gpu", "NVIDIA A100", "8.0"), {}, r"A100 \(8.0\)"),
+        (tiles.Target("gpu", "NVIDIA B200", "10.0"), {}, "Hopper"),
+        (HOPPER, {"dtype": jnp.float32}, "not float32"),
+        (HOPPER, {"dim": 320}, "head_dim <= 256"),
+    ],
+)
+def test_refuses_with_the_reason(target, change, reason):
+    mask = lower.lower(WINDOW, q_len=512)
+    with tiles.assume(target), pytest.raises(NotImplementedError, match=reason):
+        pallas_gpu.check(make_inputs(mask, **change))
+
+
+@needs_mosaic
+def test_refuses_blocks_that_are_no_tiles():
+    mask = lower.lower(WINDOW, q_len=512, block_kv=48)
+    with tiles.assume(HOPPER), pytest.raises(NotImplementedError, match="block_kv=48"):
+        pallas_gpu.check(make_inputs(mask))
+
+
+def test_refuses_older_jax(monkeypatch):
+    monkeypatch.setattr(plgpu_compat, "_OLDEST", (99, 0, 0))
+    with tiles.assume(HOPPER), pytest.raises(NotImplementedError, match=r"needs jax >= 0.11.2"):
+        pallas_gpu.check(make_inputs(lower.lower(WINDOW, q_len=512)))
+
+
+def test_hopper_takes_it_by_itself():
+    if plgpu_compat.missing() is not None:
+        pytest.skip(f"Mosaic GPU {plgpu_compat.missing()}")
+    with tiles.assume(HOPPER):
+        assert attend_lib._choose(make_inputs(lower.lower(WINDOW, q_len=512)), None) is pallas_gpu
+
+
+CELLS = [
+    pytest.param(*cell, marks=[pytest.mark.slow] * (cell[2] == jnp.float16))
+    for cell in itertools.product((64, 128, 256), (64, 128), (jnp.bfloat16, jnp.float16), (1, 4))
+]
+
+
+@needs_mosaic
+@pytest.mark.parametrize("tables", ["static", "run_time"])
+@pytest.mark.parametrize("dim, block, dtype, group", CELLS)
+def test_lowers_for_cuda(dim, block, dtype, group, tables):
+    mask = lower.lower(WINDOW, q_len=500, block_q=block, block_kv=block)
+    inputs = make_inputs(mask, dim=dim, dtype=dtype, heads=group, kv_heads=1, length=500)
+    arrays = {} if tables == "static" else vjp._split(jax.tree.map(jnp.asarray, mask))[1]
+
+    def both(q, k, v, dout, arrays):
+        call = inputs._replace(q=q, k=k, v=v, mask=dataclasses.replace(mask, **arrays))
+        with tiles.assume(HOPPER):
+            pallas_gpu.check(call)
+        out, lse = pallas_gpu.forward(call)
+        return out, pallas_gpu.backward(call, lse, dout, lse)[:3]
+
+    exported = jax.export.export(jax.jit(both), platforms=["cuda"])(*inputs[:3], inputs.q, arrays)
+    assert exported.mlir_module().count("mosaic_gpu") >= 3  # Forward, dq, and dk with dv.
+
+
+@needs_mosaic
+@pytest.mark.parametrize("rule", [causal.Causal() & ~WINDOW, ~(WINDOW | ~causal.Causal())])
+def test_rules_with_not_lower(rule):
+    inputs = make_inputs(lower.lower(rule, q_len=512))
+
+    def forward(q, k, v):
+        return pallas_gpu.forward(inputs._replace(q=q, k=k, v=v))
+
+    assert jax.export.export(jax.jit(forward), platforms=["cuda"])(*inputs[:3])
+
+
+@pytest.mark.parametrize("heads, lists, masks, batch, own, rows", [
+    (4, 1, 1, 2, 128, 128), (4, 4, 1, 1, 128, 64), (2, 1, 3, 3, 256, 128), (2, 2, 2, 2, 16, 16),
+])  # fmt: skip
+def test_every_program_is_served_once_longest_first(heads, lists, masks, batch, own, rows):
+    lengths = np.random.default_rng(0).integers(0, 9, (masks, lists, 5))
+    items, costs = gpu_walk._items(lengths, batch, heads, own, rows, np)
+    split = own // rows
+    want = set(itertools.product(range(batch), range(heads), range(5), range(5 * split)))
+    want = {item for item in want if item[3] // split == item[2]}
+    assert {tuple(item) for item in items.tolist()} == want
+    assert len(items) == len(want)
+    assert (np.diff(costs) <= 0).all()
+    for (b, h, row, _), cost in zip(items, costs, strict=True):
+        assert cost == lengths[b if masks > 1 else 0, h * lists // heads, row]
+
+
+def test_uneven_programs_are_shared_out_evenly():
+    costs = np.sort(np.r_[np.full(3, 100.0), np.random.default_rng(0).integers(1, 9, 200)])[::-1]
+    items = np.arange(len(costs))[:, None]
+    shared, bounds = gpu_walk._share_out(items, costs, 7)
+    assert sorted(shared[:, 0]) == list(range(len(costs)))
+    loads = [costs[shared[a:b, 0]].sum() for a, b in itertools.pairwise(bounds)]
+    assert max(loads) <= max(costs.max(), costs.sum() / 7) + 9
+
+
+@needs_mosaic
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", [(64, 128), (128, 64), (256, 256), (192, 32)])
+def test_mask_blocks_and_tiles_are_independent(blocks):
+    case = problems.Case("tiles", problems.blocks(local.Local(window=70), *blocks), q_len=300)
+    contract.check(case, "pallas_gpu")
+
+
+@needs_mosaic
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", [(64, 2, 1), (64, 3, 2), (128, 2, 2)])
+def test_schedules_agree(schedule):
+    rng = np.random.default_rng(0)
+    states = rng.integers(0, 3, (2, 3, 3))
+    mask = block_mask.from_block_states(
+        states, rule=causal.Causal(), q_len=384, kv_len=384, block_q=128, block_kv=128
+    )
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 384, 2, 64)), jnp.float16) for _ in range(3))
+    inputs = inputs_lib.Inputs(q, k, v, mask, *(None,) * 6, 0.125, None)
+    schedule = gpu_walk.Schedule(*schedule)
+    with contract.environment("pallas_gpu").enter():
+        out, lse = jax.jit(lambda: pallas_gpu.forward(inputs))()
+        other, other_lse = jax.jit(lambda: pallas_gpu.forward(inputs, schedule=schedule))()
+    np.testing.assert_allclose(other, out, atol=2e-3)
+    np.testing.assert_allclose(other_lse, lse, atol=1e-5)

@@ -1,0 +1,241 @@
+"""The Triton backend on CPU: kernel bodies in Triton's interpreter, and what it refuses."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import triton
+import triton.language as tl
+
+from sparse_attn import attend
+from sparse_attn.masks import lower
+from sparse_attn.ops import tiles
+from sparse_attn.ops.block_sparse import triton_gpu, triton_rules
+from sparse_attn.patterns import base, causal, full, local, per_head, sinks
+from tests.ops import contract, problems, triton_shim
+
+if not triton.knobs.runtime.interpret:
+    pytest.skip("needs TRITON_INTERPRET=1: run with JAX_PLATFORMS=cpu", allow_module_level=True)
+
+ENVIRONMENT = contract.Environment(triton_shim.environment, block=64, interpreted=True)
+FAST = (
+    "causal", "full_cross_mqa", "run_time", "run_time_bits", "positions_pair",
+    "key_bias_hides_rows", "soft_cap", "sink_logits_empty_rows", "value_dim", "bfloat16",
+)  # fmt: skip
+
+
+def _cells():
+    for case in contract.CASES:
+        marks = () if case.name in FAST else (pytest.mark.slow,)
+        yield pytest.param(case, id=case.name, marks=marks)
+
+
+@pytest.mark.parametrize("case", list(_cells()))
+def test_kernels_meet_contract(case, monkeypatch):
+    monkeypatch.setattr(contract, "environment", lambda backend: ENVIRONMENT)
+    contract.check(case, "triton_gpu")
+
+
+def test_masked_nan_and_inf_never_leak():
+    q, k, v, dout = jax.random.normal(jax.random.key(0), (4, 1, 50, 2, 16))
+    mask = lower.lower(local.Local(window=9), q_len=50, block_q=32, block_kv=32)
+
+    def run(k, v):
+        out, pull = jax.vjp(lambda *x: attend(*x, mask=mask, impl="triton_gpu"), q, k, v)
+        return out, *pull(dout.at[:, 40:].set(0))
+
+    with triton_shim.environment():
+        clean = run(k, v)
+        bad_k = k.at[0, 45, 0, 3].set(jnp.nan).at[0, 49, 1, 0].set(-jnp.inf)
+        spoiled = run(bad_k, v.at[0, 44, 0, 0].set(jnp.nan).at[0, 47, 1, 1].set(jnp.inf))
+    # Keys from 44 on are seen by queries from 44 on only: those are nan, and no other.
+    assert np.isnan(spoiled[0][:, 44:]).any()
+    for a, b in zip(clean, spoiled, strict=True):
+        np.testing.assert_array_equal(a[:, :36], b[:, :36])
+    np.testing.assert_array_equal(clean[0][:, :44], spoiled[0][:, :44])
+    np.testing.assert_array_equal(clean[1][:, :44], spoiled[1][:, :44])
+
+
+def test_blocks_of_any_size():
+    """Neither powers of two nor multiples of a tile; more blocks than a tile holds."""
+    q, k, v, dout = jax.random.normal(jax.random.key(1), (4, 1, 90, 1, 8))
+    pattern = local.Local(window=50)
+
+    def run(impl, mask):
+        out, pull = jax.vjp(lambda *x: attend(*x, mask=mask, impl=impl), q, k, v)
+        return out, *pull(dout)
+
+    want = run("reference", pattern)
+    for block_q, block_kv in ((48, 20), (90, 12)):
+        mask = lower.lower(pattern, q_len=90, block_q=block_q, block_kv=block_kv)
+        with triton_shim.environment():
+            got = run("triton_gpu", mask)
+        for a, b in zip(want, got, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arithmetic(base.Pattern):
+    """Most primitives a rule may use, with negative operands."""
+
+    def mask_fn(self, q_pos, kv_pos):
+        gap = q_pos - kv_pos
+        near = (gap // 7 == -1) | (gap % 5 == 3) | (abs(gap) < 2) | (-gap > 9)
+        hashed = ((q_pos * 2654435 ^ kv_pos << 3) >> 4) & 1
+        far = (jnp.clip(gap, -4, 4) ** 2 == 16) & (jnp.sign(gap) * 1 == 1)
+        odd = jnp.where(gap > 0, q_pos, kv_pos) % 2 == 1
+        return (near ^ (hashed == 1)) & ~(far & odd) | (jnp.maximum(q_pos, kv_pos) == 11)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table(base.Pattern):
+    """Looks positions up in an array, which has no translation."""
+
+    def mask_fn(self, q_pos, kv_pos):
+        return jnp.arange(64)[q_pos] < kv_pos
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wave(base.Pattern):
+    def mask_fn(self, q_pos, kv_pos):
+        return jnp.sin(q_pos * 1.0) > 0
+
+
+@triton.jit
+def _evaluate(table, out, RULE: tl.constexpr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    visible = RULE(at[:, None], at[None, :], table)
+    tl.store(out + at[:, None] * SIZE + at[None, :], visible.to(tl.int8))
+
+
+def _interpreted(rules, table):
+    (visible,) = triton_shim.triton_call(
+        table, kernel=_evaluate, out_shape=[jax.ShapeDtypeStruct((64, 64), jnp.int8)], grid=(1,),
+        num_warps=1, num_stages=1, RULE=triton_rules.rule_of(rules), SIZE=64,
+    )  # fmt: skip
+    return np.asarray(visible) != 0
+
+
+def _examples():
+    for name in base.discover():
+        module = __import__(f"sparse_attn.patterns.{name}", fromlist=["EXAMPLES"])
+        for pattern in module.EXAMPLES:
+            yield from getattr(pattern, "patterns", (pattern,))
+
+
+@pytest.mark.parametrize("pattern", list(dict.fromkeys((*_examples(), _Arithmetic()))), ids=repr)
+def test_rule_is_mask_fn(pattern):
+    want = pattern.mask_fn(jnp.arange(64)[:, None], jnp.arange(64)[None, :])
+    np.testing.assert_array_equal(_interpreted((pattern,), 0), np.broadcast_to(want, (64, 64)))
+
+
+def test_table_selects_the_rule():
+    window = local.Local(window=5)
+    rules = (window, full.Full(), window, ~full.Full(), sinks.Sinks(tokens=3))
+    for table, pattern in enumerate(rules):
+        want = problems.evaluate(pattern, np.arange(64), np.arange(64))
+        np.testing.assert_array_equal(_interpreted(rules, table), want)
+
+
+@pytest.mark.parametrize(
+    "pattern, reason",
+    [
+        (_Table(), r"mask_fn of test_triton_gpu\(\) makes an array \(.*int32\[64\]"),
+        (_Wave(), "mask_fn of .* computes in float32"),
+        (per_head.PerHead((causal.Causal(), _Wave())), "computes in float32"),
+    ],
+)
+def test_rules_without_translation_are_refused_by_name(pattern, reason):
+    q = k = v = jnp.ones((1, 20, 2, 16))
+    with triton_shim.environment(), pytest.raises(NotImplementedError, match=reason):
+        attend(q, k, v, mask=pattern, impl="triton_gpu")
+
+
+def test_refusals():
+    q = jnp.ones((1, 20, 2, 16))
+
+    def call(q=q):
+        return attend(q, q, q, mask=causal.Causal(), impl="triton_gpu")
+
+    with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU, the target is cpu"):
+        call()
+    with (
+        triton_shim.environment("Tesla V100", "7.0"),
+        pytest.raises(NotImplementedError, match=r"needs compute capability 8.0 .* has 7.0"),
+    ):
+        call()
+    with (
+        triton_shim.environment(),
+        pytest.raises(NotImplementedError, match="head_dim=288 is over 256"),
+    ):
+        call(jnp.ones((1, 20, 2, 288)))
+    if jax.default_backend() == "cpu":
+        with (
+            tiles.assume(tiles.Target("gpu", "NVIDIA A100", "8.0")),
+            pytest.raises(NotImplementedError, match="needs jax-triton, which cannot be imported"),
+        ):
+            call()
+
+
+def test_static_programs_begin_with_the_longest():
+    pattern = local.Local(window=16) | sinks.Sinks(tokens=16)
+    patterns = (pattern, local.Local(window=16), pattern, pattern)
+    mask = lower.lower(patterns, q_len=256, block_q=16, block_kv=16)
+    rows = triton_gpu._programs(mask, "kv", 4, 2)
+    assert rows.shape == (1, 4 * 16, 1, 6)
+    head, block, table, _, partial, listed = rows[0, :, 0].T
+    assert len(set(zip(head.tolist(), block.tolist(), strict=True))) == 64
+    np.testing.assert_array_equal(table, np.array([0, 1, 0, 0])[head])
+    np.testing.assert_array_equal(listed, mask.kv_counts[0][table, block])
+    np.testing.assert_array_equal(partial, mask.kv_partial_counts[0][table, block])
+    columns = triton_gpu._programs(mask, "q", 4, 2)
+    assert columns.shape == (1, 2 * 16, 2, 6)
+    # The column of the sinks is long; the others follow by KV head, each by falling work.
+    work = columns[0, :, :, 5].sum(-1)
+    np.testing.assert_array_equal(columns[0, :2, 0, 1], 0)
+    assert (work[:2] > 2 * work.mean()).all()
+    np.testing.assert_array_equal(columns[0, 2:, 0, 0] // 2, np.repeat([0, 1], 15))
+    assert (np.diff(work[2:17]) <= 0).all()
+    np.testing.assert_array_equal(columns[0, :, :, 0] // 2, columns[0, :, :1, 0] // 2 + [[0, 0]])
+
+
+# Capability -> bytes of shared memory that one program may take.
+SHARED = {"8.0": 163 << 10, "8.9": 99 << 10, "9.0": 227 << 10, "12.0": 99 << 10}
+CELLS = [
+    {"capability": capability, "head_dim": dim, "everything": everything}
+    for capability in SHARED
+    for dim in (64, 128, 256)
+    for everything in (False, True)
+] + [
+    {"capability": "9.0", "head_dim": 16},
+    {"capability": "9.0", "head_dim": 80, "v_head_dim": 128, "dtype": "float16"},
+    {"capability": "9.0", "head_dim": 128, "mask": "bits"},
+    {"capability": "8.0", "head_dim": 64, "mask": "per_head"},
+    {"capability": "8.0", "head_dim": 128, "dtype": "float32", "everything": True},
+]
+FAST_CELL = {"capability": "8.9", "head_dim": 64, "everything": False}
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [pytest.param(c, marks=() if c == FAST_CELL else pytest.mark.slow, id=str(c)) for c in CELLS],
+)
+def test_kernels_compile_for(cell, tmp_path):
+    """The compiler refuses code that the interpreter runs; and a tile must fit the device."""
+    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ops.triton_compile", json.dumps(cell)],
+        env=os.environ | environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [r["kernel"] for r in reports] == ["forward_kernel", "dq_kernel", "dkv_kernel"]
+    for report in reports:
+        assert report["shared"] <= SHARED[cell["capability"]], report
+        assert (report["matrix"] > 0) == (cell.get("dtype") != "float32"), report

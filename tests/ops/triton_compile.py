@@ -1,0 +1,88 @@
+"""Compiles the Triton kernels for an NVIDIA GPU that is not there; a program, as interpretation is
+decided once per process.
+
+    TRITON_INTERPRET=0 python -m tests.ops.triton_compile '{"capability": "9.0", "head_dim": 64}'
+
+Prints one JSON line per kernel: its name, shared memory (bytes) and matrix instructions.
+"""
+
+import functools
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import triton
+from triton.backends.compiler import GPUTarget
+
+from sparse_attn import attend
+from sparse_attn.masks import block_mask
+from sparse_attn.ops import tiles
+from sparse_attn.patterns import causal, local
+
+_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32", "uint8": "u8"}
+
+
+def triton_call(*args, kernel, out_shape, grid, num_warps, num_stages, **constants):
+    """`jax_triton.triton_call` that compiles and returns zeros."""
+    assert all(n > 0 for n in grid)
+    arguments = [*args, *out_shape]
+    signature, aligned = {}, {}
+    for at, (name, x) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+        signature[name] = "i32" if isinstance(x, int) else f"*{_TYPES[x.dtype.name]}"
+        if not isinstance(x, int):
+            aligned[(at,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
+    capability = int(float(tiles.target().compute_capability) * 10)
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": num_warps, "num_stages": num_stages},
+    )
+    text = compiled.asm["ptx"]
+    report = {
+        "kernel": kernel.__name__,
+        "shared": compiled.metadata.shared,
+        "matrix": text.count("wgmma.mma_async") + text.count("mma.sync"),
+    }
+    print(json.dumps(report))
+    return tuple(jnp.zeros(s.shape, s.dtype) for s in out_shape)
+
+
+def compile_cell(
+    capability, head_dim, dtype="bfloat16", mask="window", everything=False, v_head_dim=None
+):
+    """Compiles the three kernels of one call of `attend` and of its gradient."""
+    length, heads, kv_heads = 300, 4, 2
+    masks = {
+        "window": local.Local(window=70),
+        "per_head": (local.Local(window=70), causal.Causal()) * 2,
+        "bits": block_mask.from_array(np.tri(length, dtype=bool), block_q=64, block_kv=64),
+    }
+    options = {}
+    if everything:
+        options = {
+            "segment_ids": jnp.ones((1, length), jnp.int32),
+            "key_bias": jnp.zeros((1, length)),
+            "sink_logits": jnp.zeros(heads),
+            "logits_soft_cap": 30.0,
+        }
+    shapes = [
+        (1, length, heads, head_dim),
+        (1, length, kv_heads, head_dim),
+        (1, length, kv_heads, v_head_dim or head_dim),
+    ]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes]
+    call = functools.partial(attend, mask=masks[mask], impl="triton_gpu", **options)
+    sys.modules["jax_triton"] = sys.modules[__name__]
+    with tiles.assume(tiles.Target("gpu", "assumed", capability)):
+        jax.eval_shape(
+            lambda *x: jax.vjp(call, *x)[1](jnp.zeros((*shapes[0][:3], shapes[2][3]), dtype)),
+            *arrays,
+        )
+
+
+if __name__ == "__main__":
+    compile_cell(**json.loads(sys.argv[1]))
