@@ -16,12 +16,12 @@ import jax.numpy as jnp
 
 from experiments.kernels import bench, tpu_cost
 from sparse_attn.ops import attend as attend_lib
-from tests.ops import contract
+from tests.ops import contract, problems
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "tpu_check.json"
 
 
-def run_case(case: contract.Case) -> dict[str, Any]:
+def run_case(case: problems.Case) -> dict[str, Any]:
     """One contract case; what failed, if it did."""
     try:
         contract.check(case, "pallas_tpu")

@@ -25,8 +25,8 @@ def interpreted():
 
 def problem(name="stream", mask=STREAM, *, change=None, **sizes):
     sizes = {"q_len": 300, "heads": 2, "kv_heads": 1, **sizes}
-    case = contract.Case(name, mask, change=change, dtype=jnp.float32, **sizes)
-    return contract.build(case, contract.environment("pallas_tpu"))
+    case = problems.Case(name, mask, change=change, dtype=jnp.float32, **sizes)
+    return problems.build(case, contract.environment("pallas_tpu"))
 
 
 def run(made, **changes):
@@ -191,7 +191,7 @@ def test_million_tokens_fit_scalar_memory():
 
 def test_large_groups_go_head_by_head(monkeypatch):
     monkeypatch.setattr(tpu_launch, "_MAX_GROUP", 1)
-    made = problem("head by head", heads=3, change=contract.biased(per_head=True))
+    made = problem("head by head", heads=3, change=problems.biased(per_head=True))
     contract.compare(run(made), contract.solve(made), np.float32)
 
 
