@@ -65,11 +65,12 @@ def test_refuses_older_jax(monkeypatch):
         pallas_gpu.check(make_inputs(lower.lower(WINDOW, q_len=512)))
 
 
-def test_hopper_takes_it_by_itself():
+def test_hopper_takes_it_when_named():
     if plgpu_compat.missing() is not None:
         pytest.skip(f"Mosaic GPU {plgpu_compat.missing()}")
+    inputs = make_inputs(lower.lower(WINDOW, q_len=512))
     with tiles.assume(HOPPER):
-        assert attend_lib._choose(make_inputs(lower.lower(WINDOW, q_len=512)), None) is pallas_gpu
+        assert attend_lib._choose(inputs, "pallas_gpu") is pallas_gpu
 
 
 CELLS = [

@@ -443,11 +443,12 @@ def backward(
             hidden = z == -jnp.inf
             p = jnp.where(hidden, 0, jnp.exp(z - lse[..., None]))
             dp = _dot("bkgqh,bkhz->bkgqz", dout, _take(v_t, slab, keys.at, 4), dtype)
+            # A hidden value may be so large that its dp overflows, and 0 * inf is nan.
             dz = jnp.where(hidden, 0, p * (dp - delta[..., None]))
             if dbias is not None:
                 dbias = _add_bias(dbias, unit, lay, keys.at, dz.sum(-2))
             if slope is not None:
-                dz = jnp.where(hidden, 0, dz * slope)
+                dz = dz * slope
             dq = dq + _dot("bkgqz,bkzh->bkgqh", dz, _take(k, slab, keys.at, 3), dtype)
             dk = _add(dk, slab, keys.at, 4, _dot("bkhgq,bkgqz->bkhz", q_t, dz, dtype))
             dv = _add(dv, slab, keys.at, 4, _dot("bkhgq,bkgqz->bkhz", dout_t, p, dtype))
