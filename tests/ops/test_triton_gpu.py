@@ -18,28 +18,10 @@ from sparse_attn.masks import lower
 from sparse_attn.ops import tiles
 from sparse_attn.ops.block_sparse import triton_gpu, triton_rules
 from sparse_attn.patterns import base, causal, full, local, per_head, sinks
-from tests.ops import contract, problems, triton_shim
+from tests.ops import problems, triton_shim
 
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1: run with JAX_PLATFORMS=cpu", allow_module_level=True)
-
-ENVIRONMENT = contract.Environment(triton_shim.environment, block=64, interpreted=True)
-FAST = (
-    "causal", "full_cross_mqa", "run_time", "run_time_bits", "positions_pair",
-    "key_bias_hides_rows", "soft_cap", "sink_logits_empty_rows", "value_dim", "bfloat16",
-)  # fmt: skip
-
-
-def _cells():
-    for case in contract.CASES:
-        marks = () if case.name in FAST else (pytest.mark.slow,)
-        yield pytest.param(case, id=case.name, marks=marks)
-
-
-@pytest.mark.parametrize("case", list(_cells()))
-def test_kernels_meet_contract(case, monkeypatch):
-    monkeypatch.setattr(contract, "environment", lambda backend: ENVIRONMENT)
-    contract.check(case, "triton_gpu")
 
 
 def test_masked_nan_and_inf_never_leak():
