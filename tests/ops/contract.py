@@ -147,6 +147,9 @@ def plain(case: Case, env: Environment) -> oracle.Results:
         q, k, v = floats
         k, v = (jnp.repeat(x, group, 2) for x in (k, v))
         logits = jnp.einsum("btnh,bsnh->bnts", q, k) * jnp.asarray(scale, low)
+        # A float16 product overflows before it is scaled; a measure must stay a number.
+        scaled_first = jnp.einsum("btnh,bsnh->bnts", q * jnp.asarray(scale, low), k)
+        logits = jnp.where(jnp.isfinite(logits), logits, scaled_first)
         if cap is not None:
             logits = jnp.asarray(cap, low) * jnp.tanh(logits / jnp.asarray(cap, low))
         logits = jnp.where(problem.visible, logits.astype(jnp.float32) + bias, -jnp.inf)
