@@ -70,11 +70,6 @@ class Backend(Protocol):
         """
 
 
-def vector(x) -> str:
-    """Shape and dtype of an argument, for messages."""
-    return "None" if x is None else f"{x.dtype}{list(x.shape)}"
-
-
 def group_size(inputs: Inputs) -> int:
     """G, the number of query heads that share one KV head."""
     return inputs.q.shape[2] // inputs.k.shape[2]
