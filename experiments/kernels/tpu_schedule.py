@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ SLOTS = {
     "matmul": 4, "matpush": 4, "xlu": 3, "valu": 4, "vpop": 2, "eup": 1, "vload": 3, "fill": 3,
     "vstore": 1, "spill": 1, "salu": 2,
 }  # fmt: skip
+UTILIZATION = "final_hlo-static-per-bundle-utilization.txt"
 
 
 @dataclasses.dataclass
@@ -74,12 +76,7 @@ def compile_kernels(generation: str, f: Callable, args: Any, dump: str) -> dict[
 
 def read_kernel(path: pathlib.Path) -> Kernel | None:
     """Cuts the bundles of a kernel at its predicated regions; None where it has no product."""
-    bundles: list[str] = []
-    for line in path.read_text().split("\n"):
-        if re.match(r"\s*(0x[0-9a-f]+|0)\s+\w*\s*:", line):
-            bundles.append(line)
-        elif bundles:
-            bundles[-1] += line
+    bundles = read_bundles(path)
     starts, ends = {}, {}
     for at, text in enumerate(bundles):
         for side, found in ((starts, r"Start region (\d+)"), (ends, r"End region (\d+)")):
@@ -101,15 +98,7 @@ def read_kernel(path: pathlib.Path) -> Kernel | None:
     closing = [r for r in regions if bodies[-1][1] < r[0] < bodies[-1][1] + near]
     first = max(map(size, opening), default=0)
     last = max(map(size, closing), default=0)
-    use = path.with_name(
-        next(
-            x.name for x in path.parent.iterdir()
-            if x.name.endswith("final_hlo-static-per-bundle-utilization.txt")
-            and x.name.split("-")[0] == path.name.split("-")[0]
-        )
-    )  # fmt: skip
-    rows = use.read_text().split("== UTILIZATION:\n")[1].strip().split("\n")
-    table = np.array([row.split()[: len(SLOTS)] for row in rows], int)
+    table = utilization(path, len(bundles))
     shares = [
         dict(
             zip(
@@ -124,3 +113,36 @@ def read_kernel(path: pathlib.Path) -> Kernel | None:
     name = re.sub(r"^\d+-", "", path.name).split("-")[0]
     rest = size(loop) - sum(lengths) - first - last
     return Kernel(name, lengths, first, last, rest, shares)
+
+
+def read_bundles(path: pathlib.Path) -> list[str]:
+    bundles: list[str] = []
+    for line in path.read_text().split("\n"):
+        if re.match(r"\s*(0x[0-9a-f]+|0)\s+\w*\s*:", line):
+            bundles.append(line)
+        elif bundles:
+            bundles[-1] += line
+    return bundles
+
+
+def utilization(path: pathlib.Path, bundles: int) -> np.ndarray:
+    """Slots used, `[bundles, slots]`, from the file that the compiler writes beside `path`.
+
+    Raises:
+        ValueError: No file beside it has a line per bundle and a number per slot.
+    """
+    program = re.sub(r"-\d+-final_bundles.txt$", "", path.name)
+    found = ""
+    for _ in range(60):  # The compiler's threads may still be writing.
+        for beside in path.parent.iterdir():
+            if beside.name.startswith(f"{program}-") and beside.name.endswith(UTILIZATION):
+                rows = beside.read_text().partition("== UTILIZATION:\n")[2].strip().split("\n")
+                widths = {len(row.split()) for row in rows}
+                if len(rows) == bundles and widths == {len(SLOTS)}:
+                    return np.array([row.split() for row in rows], int)
+                found += f"; {beside.name}: {len(rows)} lines of {sorted(widths)} numbers"
+        time.sleep(0.5)
+    raise ValueError(
+        f"{path.name} has {bundles} bundles of {len(SLOTS)} slots, no table beside it does: either"
+        f" the dump is incomplete or its format changed{found[-500:]}"
+    )
