@@ -168,7 +168,7 @@ def test_one_document_leaves_the_mask_as_it_is():
     )
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.expression())
 @pytest.mark.parametrize("order", ["shifted", "permuted", "decode"])
 def test_lowering_at_positions_shows_what_the_pattern_says(pattern, order):
     rng = np.random.default_rng(0)

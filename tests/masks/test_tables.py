@@ -17,7 +17,7 @@ def permuted_mask(pattern, order):
 
 
 @pytest.mark.parametrize("blocks", [(8, 8), (16, 4), (7, 70), (128, 128)])
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.expression())
 def test_blocks_and_bits_are_the_permuted_mask(pattern, blocks):
     order = curves.Gilbert((7, 10))
     want = permuted_mask(pattern, order)

@@ -177,7 +177,7 @@ def test_block_sizes_do_not_matter(backend, env):
         (local.Local(reach=(150, 150)), problems.FULL),
         (problems.CAUSAL | ~problems.CAUSAL, problems.FULL),
     ],
-    ids=str,
+    ids=lambda pattern: pattern.expression(),
 )
 def test_equal_masks_give_equal_attention(backend, env, mask, same):
     problem = contract.build(WINDOW, env)

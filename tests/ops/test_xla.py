@@ -96,7 +96,7 @@ def test_drawn_masks_and_documents(block, kind, seed, density, longest):
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 @pytest.mark.parametrize("kind", ["bits", "states"])
-@hypothesis.settings(max_examples=100)
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(**_DRAWN)
 def test_many_drawn_masks_and_documents(block, kind, seed, density, longest):
     _check_drawn(seed, block, kind, density, longest)
@@ -165,7 +165,7 @@ def test_drawn_shapes(case):
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=80)
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(cases())
 def test_many_drawn_shapes(case):
     _check_case(case)
