@@ -13,7 +13,7 @@ EMPTY, PARTIAL, FULL = base.EMPTY, base.PARTIAL, base.FULL
 
 _INT32_MAX = 2**31 - 1
 _COARSEST = 64  # Blocks per side of the first regions that are classified.
-_PIECE = 1 << 16  # Regions that are classified at a time: some 10 MB.
+_PIECE = 1 << 17  # Regions that are classified at a time: some 20 MB.
 _CHUNK = 1 << 20  # Elements of mask_fn evaluated at a time.
 
 
@@ -96,55 +96,69 @@ def _stack(tables):
 
 
 def _rows_and_cols(pattern, q_len, kv_len, block_q, block_kv):
-    shape = (-(-q_len // block_q), -(-kv_len // block_kv))
-    partial, full = active_blocks(pattern, q_len, kv_len, block_q, block_kv)
-    if (count := len(partial[0]) + len(full[0])) > _INT32_MAX:
+    nq, nk = -(-q_len // block_q), -(-kv_len // block_kv)
+    partial, full = active_regions(pattern, q_len, kv_len, block_q, block_kv)
+    rows, cols, sides = full
+    area = np.minimum(sides, nq - rows).astype(np.int64) * np.minimum(sides, nk - cols)
+    if (count := len(partial[0]) + int(area.sum())) > _INT32_MAX:
         raise ValueError(
             f"block_q={block_q} and block_kv={block_kv} must be larger: {count} active blocks "
             "are more than int32 offsets can address"
         )
-    partial, full = _csr(*partial, shape), _csr(*full, shape)
-    by_row = _ragged(partial, full)
-    partial = partial.T.tocsr()
-    full = full.T.tocsr()
-    return by_row, _ragged(partial, full)
+    return (
+        _lists(*partial, rows, cols, sides, (nq, nk)),
+        _lists(*partial[::-1], cols, rows, sides, (nk, nq)),
+    )
 
 
-def _csr(rows, cols, shape):
-    # Compressed sparse rows sort and transpose in O(active blocks).
-    values = np.ones(len(rows), np.int8)
-    matrix = scipy.sparse.coo_array((values, (rows, cols)), shape=shape).tocsr()
-    matrix.sort_indices()
-    return matrix
+def _lists(partial_rows, partial_cols, top, left, sides, shape):
+    """Starts, counts, partial counts and indices: each row's PARTIAL blocks, then its FULL ones.
+
+    A FULL region is a run of blocks in each of its rows, so that what is sorted are runs.
+    """
+    num_rows, width = shape
+    dtype = np.int32 if 2 * width <= _INT32_MAX else np.int64
+    heights = np.minimum(sides, num_rows - top)
+    ends = np.cumsum(heights, dtype=np.int32)
+    full_rows = np.repeat(top - (ends - heights), heights)
+    full_rows += np.arange(len(full_rows), dtype=np.int32)
+    rows = np.concatenate([partial_rows, full_rows])
+    # Columns of FULL blocks are counted from `width` on, which sorts them behind the PARTIAL ones.
+    firsts = np.concatenate([partial_cols, np.repeat(left.astype(dtype) + width, heights)])
+    lengths = np.ones(len(rows), np.int32)
+    lengths[len(partial_rows) :] = np.repeat(np.minimum(sides, width - left), heights)
+    # Compressed sparse rows sort in O(runs).
+    runs = scipy.sparse.coo_array((lengths, (rows, firsts)), shape=(num_rows, 2 * width)).tocsr()
+    runs.sort_indices()
+    is_partial = runs.indices < width
+    firsts = (runs.indices - width * ~is_partial).astype(np.int32)
+    ends = np.cumsum(runs.data, dtype=np.int32)
+    indices = firsts
+    if len(ends) and ends[-1] > len(ends):
+        indices = np.repeat(firsts - (ends - runs.data), runs.data)
+        indices += np.arange(len(indices), dtype=np.int32)
+    starts = np.append(np.int32(0), ends)[runs.indptr]
+    partial_ends = np.append(np.int32(0), np.cumsum(is_partial, dtype=np.int32))[runs.indptr]
+    return starts[:-1], np.diff(starts), np.diff(partial_ends), indices
 
 
-def _ragged(partial, full):
-    """Starts, counts, partial counts and indices: each row's PARTIAL blocks, then its FULL ones."""
-    partial_counts, full_counts = np.diff(partial.indptr), np.diff(full.indptr)
-    counts = partial_counts + full_counts
-    starts = np.cumsum(counts) - counts
-    runs = np.stack([partial_counts, full_counts], 1).ravel()
-    is_partial = np.repeat(np.tile([True, False], len(counts)), runs)
-    indices = np.empty(len(is_partial), np.int32)
-    indices[is_partial] = partial.indices
-    indices[~is_partial] = full.indices
-    return *(x.astype(np.int32) for x in (starts, counts, partial_counts)), indices
+def active_regions(pattern, q_len, kv_len, block_q, block_kv):
+    """(rows, columns) of the PARTIAL blocks; (rows, columns, sides) of squares of FULL blocks.
 
-
-def active_blocks(pattern, q_len, kv_len, block_q, block_kv):
-    """(rows, columns) of the PARTIAL and of the FULL blocks, int32 arrays in no fixed order.
+    int32 arrays in no fixed order. A square reaches over the last row or column of blocks where
+    the number of blocks is no multiple of its side.
 
     >>> from sparse_attn.patterns import causal
-    >>> partial, full = active_blocks(causal.Causal(), 4, 4, 2, 2)
+    >>> partial, full = active_regions(causal.Causal(), 4, 4, 2, 2)
     >>> [x.tolist() for x in (*partial, *full)]
-    [[0, 1], [0, 1], [1], [0]]
+    [[0, 1], [0, 1], [1], [0], [1]]
     """
     nq, nk = -(-q_len // block_q), -(-kv_len // block_kv)
     nothing = np.empty(0, np.int32)
-    partial, full = [(nothing, nothing)], [(nothing, nothing)]
+    partial, full = [(nothing,) * 2], [(nothing,) * 3]
 
-    def add(found, rows, cols):
-        found.append((rows.astype(np.int32), cols.astype(np.int32)))
+    def add(found, *columns):
+        found.append(tuple(x.astype(np.int32) for x in columns))
 
     side = min(_COARSEST, 1 << (max(nq, nk) - 1).bit_length())
     rows, cols = np.mgrid[0 : -(-nq // side), 0 : -(-nk // side)].reshape(2, -1)
@@ -163,31 +177,26 @@ def active_blocks(pattern, q_len, kv_len, block_q, block_kv):
         state, sure = _classify(pattern, q_lo, q_hi, kv_lo, kv_hi)
         if side == 1:
             state = _evaluate(pattern, state, sure, q_lo, q_hi, kv_lo, kv_hi)
-            # Keys past the end do not exist: the block that holds them needs the element rule.
-            state[(state == FULL) & (kv_lo + block_kv > kv_len)] = PARTIAL
-            add(partial, rows[state == PARTIAL], cols[state == PARTIAL])
-            add(full, rows[state == FULL], cols[state == FULL])
-            continue
+        # Keys past the end do not exist: the block that holds them needs the element rule.
         inside = (state == FULL) & (kv_lo + side * block_kv <= kv_len)
-        full_rows, full_cols = rows[inside], cols[inside]
-        step = max(1, _PIECE // side**2)
-        for i in range(0, len(full_rows), step):
-            add(full, *_children(full_rows[i : i + step], full_cols[i : i + step], side, nq, nk))
-        split = (state != EMPTY) & ~inside
-        halves = _children(rows[split], cols[split], 2, nq, nk, side // 2)
-        stack.append((side // 2, *halves))
+        add(full, rows[inside] * side, cols[inside] * side, np.full(inside.sum(), side))
+        rest = (state != EMPTY) & ~inside
+        if side == 1:
+            add(partial, rows[rest], cols[rest])
+        else:
+            stack.append((side // 2, *_quarters(rows[rest], cols[rest], nq, nk, side // 2)))
     return tuple(
-        tuple(np.concatenate(found) for found in zip(*blocks, strict=True))
-        for blocks in (partial, full)
+        tuple(np.concatenate(found) for found in zip(*regions, strict=True))
+        for regions in (partial, full)
     )
 
 
-def _children(rows, cols, factor, nq, nk, child_side=1):
-    """The factor x factor sub-regions of each region that begin inside the grid."""
-    offset_r, offset_c = np.mgrid[0:factor, 0:factor].reshape(2, -1)
-    r = (rows[:, None] * factor + offset_r).ravel()
-    c = (cols[:, None] * factor + offset_c).ravel()
-    inside = (r * child_side < nq) & (c * child_side < nk)
+def _quarters(rows, cols, nq, nk, side):
+    """The 2 x 2 regions of `side` blocks in each region that begin inside the grid."""
+    offset_r, offset_c = np.mgrid[0:2, 0:2].reshape(2, -1)
+    r = (rows[:, None] * 2 + offset_r).ravel()
+    c = (cols[:, None] * 2 + offset_c).ravel()
+    inside = (r * side < nq) & (c * side < nk)
     return r[inside], c[inside]
 
 

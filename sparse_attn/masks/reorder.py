@@ -17,11 +17,15 @@ _INT32_MAX = 2**31 - 1
 
 
 class Span(NamedTuple):
-    """Coordinates `lo, lo + step, ...` below `hi` along one axis; ints or arrays of them."""
+    """Coordinates along one axis: every `step` from `lo` on, `width` of them, all below `hi`.
+
+    Ints or arrays of them. `width` > 1 are the members of neighbouring residue classes.
+    """
 
     lo: Any
     hi: Any
     step: Any = 1
+    width: Any = 1
 
 
 class _Level(NamedTuple):
@@ -50,6 +54,11 @@ class Reordering:
 
     # True when `pieces` cuts any range of places into boxes.
     pieces_exact: ClassVar[bool] = False
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Along each axis, the `step` of the boxes that single dilation groups have; else 1."""
+        return (1,) * len(self.shape)
 
     @property
     def size(self) -> int:
@@ -171,6 +180,8 @@ class Tiles(Reordering):
     axes: tuple[int, ...] | None = None
     dilation: int | tuple[int, ...] | None = None
 
+    pieces_exact: ClassVar[bool] = True
+
     def __post_init__(self):
         check_shape(self)
         ndim = len(self.shape)
@@ -188,9 +199,8 @@ class Tiles(Reordering):
             raise ValueError(f"axes={self.axes} must be an order of {tuple(range(ndim))}")
 
     @property
-    def pieces_exact(self) -> bool:
-        """Digits of remainders are no intervals of the grid; all others are."""
-        return self.dilation is None or max(self.dilation) == 1
+    def steps(self) -> tuple[int, ...]:
+        return self.dilation or super().steps
 
     def _levels(self, place) -> list[_Level]:
         order = range(len(self.shape)) if self.axes is None else self.axes
@@ -258,11 +268,12 @@ class Tiles(Reordering):
         same = first[0].digit == last[0].digit
         for a, b in zip(first[1:], last[1:], strict=True):
             equal = same & (a.digit == b.digit)
-            # Below the first digit that differs, the axis keeps what the digits above it leave.
-            known = equal if a.is_residue else same
-            old = spans[a.axis]
             new = Span(a.span.lo, b.span.hi, a.span.step)
-            spans[a.axis] = Span(*map(_select, (known,) * 3, new, old))
+            if a.is_residue:  # Remainders that differ are neighbouring classes, each one whole.
+                end = _select(equal, b.span.hi, self.shape[a.axis])
+                new = Span(a.digit, end, a.span.step, b.digit - a.digit + 1)
+            # Below the first digit that differs, the axis keeps what the digits above it leave.
+            spans[a.axis] = Span(*map(_select, (same,) * 4, new, spans[a.axis]))
             same = equal
         images = Span(first[0].digit, last[0].digit + 1)
         return images, *(spans[axis] for axis in range(len(self.shape)))

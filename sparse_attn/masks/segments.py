@@ -32,8 +32,8 @@ def restrict(
     >>> restrict(mask, ids, ids).kv_counts[0, 0].tolist()  # 4 document rows instead of 1 2 3 4
     [1, 2, 1, 0]
     """
-    q_low, q_high, q_all = _block_ranges(q_segment_ids, mask.block_q, mask.num_rows)
-    kv_low, kv_high, kv_all = _block_ranges(kv_segment_ids, mask.block_kv, mask.num_cols)
+    q_low, q_high, q_all = block_ranges(q_segment_ids, mask.block_q, mask.num_rows)
+    kv_low, kv_high, kv_all = block_ranges(kv_segment_ids, mask.block_kv, mask.num_cols)
     kv_starts, kv_counts, kv_partial, kv_indices, kv_bits = _restrict_lists(
         mask.kv_starts, mask.kv_counts, mask.kv_partial_counts, mask.kv_indices, mask.kv_bits,
         (q_low, q_high, q_all), (kv_low, kv_high, kv_all),
@@ -54,7 +54,7 @@ def restrict(
     )  # fmt: skip
 
 
-def _block_ranges(segment_ids, block, num_blocks):
+def block_ranges(segment_ids, block, num_blocks):
     """Lowest and highest id of each block, and the id that all its tokens share (else 0)."""
     batch, length = segment_ids.shape
     # Tokens past the end repeat the last one: they do not exist, so they may not split a block.
@@ -87,10 +87,7 @@ def _restrict_lists(starts, counts, partial_counts, indices, bits, mine, theirs)
         full = listed & (offset >= partial_counts[row]) & same
         kept = listed & overlap
         state = jnp.where(full, 1, jnp.where(kept, 0, 2))
-        slot = jnp.full_like(indices, -1) if bits is None else bits
-        _, _, indices, slot = jax.lax.sort(
-            (row, state * width + other, jnp.where(kept, indices, -1), slot), num_keys=2
-        )
+        indices, slot = _sorted(row, state, other, (num_rows, 3, width), bits)
         counts = jax.ops.segment_sum(kept.astype(jnp.int32), row, num_rows)
         partial = jax.ops.segment_sum((kept & ~full).astype(jnp.int32), row, num_rows)
         return starts, counts, partial, indices, slot
@@ -100,6 +97,26 @@ def _restrict_lists(starts, counts, partial_counts, indices, bits, mine, theirs)
     batched = jax.vmap(tables, in_axes=(0, 0, 0, 0, None if bits is None else 0, 0, 0))
     *lists, slot = batched(starts, counts, partial_counts, indices, bits_in, mine, theirs)
     return *lists, None if bits is None else slot
+
+
+def _sorted(row, state, column, sizes, bits):
+    """Columns by row and state, -1 where the state is 2, and their `bits` (None without).
+
+    A sort of keys with payloads takes a TPU compiler many times as long as one of numbers alone, so
+    they are packed into one number wherever they fit.
+    """
+    num_rows, num_states, width = sizes
+    if num_rows * num_states * width <= _NONE:
+        key = (row * num_states + state) * width + column
+        if bits is None:
+            key, slot = jax.lax.sort(key, is_stable=False), None
+        else:
+            key, slot = jax.lax.sort((key, bits), num_keys=1, is_stable=False)
+        within = key % (num_states * width)
+        return jnp.where(within < 2 * width, within % width, -1), slot
+    payload = () if bits is None else (bits,)
+    _, key, *slot = jax.lax.sort((row, state * width + column, *payload), num_keys=2)
+    return jnp.where(key < 2 * width, key % width, -1), slot[0] if slot else None
 
 
 def lower_at(

@@ -55,7 +55,7 @@ class Permuted(base.Pattern):
     @property
     def block_state_exact(self) -> bool:
         on_grid = isinstance(self.pattern, grids.GridPattern)
-        return on_grid and self.pattern.box_state_exact and self.reordering.pieces_exact
+        return on_grid and self.pattern.exact_in(self.reordering)
 
     def mask_fn(self, q_pos, kv_pos):
         order = self.reordering

@@ -50,10 +50,21 @@ class Radial(grids.GridPattern):
         return [2**i for i in range(1, self.shape[0].bit_length()) if 2**i < self.shape[0]]
 
     def _power(self, distance):
-        power = 0 * distance + 1
-        for edge in self._powers():
-            power = power + edge // 2 * (distance >= edge)
-        return power
+        """The largest power of two <= distance; 1 for 0."""
+        below = distance  # Becomes all ones below the highest bit.
+        for shift in (1, 2, 4, 8, 16):
+            if shift < self.shape[0].bit_length():
+                below = below | (below >> shift)
+        return base.greatest(below - (below >> 1), 1)
+
+    def _steps(self):
+        """(step, first, end) of distances of which the multiples of `step` keep their diagonal."""
+        edges = [1, *self._powers()]
+        steps = [-(-edge // self.shape[1]) for edge in edges]
+        whole = steps.count(1)  # The nearest distances, in one range.
+        yield 1, 0, 2 * edges[whole - 1]
+        for edge, step in list(zip(edges, steps, strict=True))[whole:]:
+            yield step, edge, 2 * edge
 
     def visible(self, q, kv):
         tokens = self.shape[1]
@@ -76,10 +87,8 @@ class Radial(grids.GridPattern):
         some = (low + 1) * self._power(near) <= tokens
         every = (high + 1) * self._power(far) <= tokens
         kept_some, kept_every = False, True
-        for edge in [1, *self._powers()]:
-            step = -(-edge // tokens)
-            start = 0 if edge == 1 else edge
-            a, b = base.greatest(near, start), base.least(far, 2 * edge - 1)
+        for step, start, end in self._steps():
+            a, b = base.greatest(near, start), base.least(far, end - 1)
             occurs = a <= b
             multiples = b // step - (a + step - 1) // step + 1
             kept_some = kept_some | (occurs & (multiples > 0))

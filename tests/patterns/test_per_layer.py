@@ -24,5 +24,5 @@ def test_entries_may_differ_by_head():
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("wrong", [(), ("local",)])
 def test_wrong_fields(wrong):
-    with pytest.raises(ValueError, match="must be one or more patterns or PerHeads"):
+    with pytest.raises(ValueError, match="must be one or more patterns, PerHeads or selectors"):
         per_layer.PerLayer(wrong)
