@@ -50,7 +50,7 @@ def time_workload(work: tpu_cost.Workload) -> dict[str, Any]:
         "ours forward + backward": (jax.jit(tpu_cost.gradient(ours)), q, k, v),
     }
     if work.variant != "array":
-        kernel = tpu_cost.splash_kernel(work.splash, tpu_cost.SPLASH_BLOCKS[0], fused=True)
+        kernel = tpu_cost.splash_kernel(work.splash, tpu_cost.SPLASH_BLOCKS[0])
 
         def splash(q, k, v):
             return tpu_cost.call_splash(kernel, q, k, v, ids)

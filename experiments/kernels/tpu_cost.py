@@ -4,13 +4,14 @@
 
 No TPU is needed: libtpu compiles ahead of time and writes the VLIW bundles of each kernel. A kernel
 is cut into the body of a step (by state of the tile), what opens and closes an output row, and the
-rest of a step; cycles = bundles x how often each runs. Waiting for memory is not in it: HBM bytes
-stand beside.
+rest of a step; cycles = bundles x how often each runs, and a body takes no less than its products
+take the matrix units. Waiting for memory is not in it: HBM bytes stand beside.
 """
 
 import argparse
 import dataclasses
 import functools
+import json
 import pathlib
 import tempfile
 from typing import Any
@@ -29,11 +30,9 @@ from sparse_attn.ops.block_sparse import inputs as inputs_lib
 from sparse_attn.ops.block_sparse import tpu_launch, tpu_steps
 from sparse_attn.patterns import base, causal, full, local, sinks
 
-# Matrix units per core and their side: multiply-adds per cycle.
-MXU = {"v4": (4, 128), "v5e": (4, 128), "v5p": (4, 128), "v6e": (2, 256)}
 LENGTH, HEAD_DIM, HEADS, KV_HEADS, BATCH = 16384, 128, 8, 2, 8
 SPLASH_BLOCKS = ((512, 1024, 512), (1024, 1024, 512), (512, 512, 512), (128, 128, 128))
-RESULTS = pathlib.Path(__file__).parent / "results" / "tpu_cost.json"
+RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 # --- Workloads ------------------------------------------------------------------------------------
@@ -126,11 +125,12 @@ def ours(generation: str, work: Workload, dump: str) -> dict[str, Any]:
         mask = segments.restrict(mask, jnp.asarray(ids), jnp.asarray(ids))
     one = [jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in args[:3]]
     inputs = inputs_lib.Inputs(*one, mask, *(None,) * 6, HEAD_DIM**-0.5, None)
+    target = tiles.Target("tpu", tpu_schedule.device(generation).device_kind)
     result = {}
-    for pass_, by, name in (("forward", "rows", "forward"), ("backward", "cols", "backward")):
-        kernel = next(k for n, k in kernels.items() if f"block_sparse_{name}" in n)
-        with tiles.assume(tiles.Target("tpu", generation)):
-            call = tpu_launch.plan(inputs, by)
+    for pass_ in ("forward", "backward"):
+        kernel = next(k for n, k in kernels.items() if f"block_sparse_{pass_}" in n)
+        with tiles.assume(target):
+            call = tpu_launch.plan(inputs, pass_)
         flags = np.concatenate(
             [np.asarray(x)[:n] for x, n in zip(call.steps.inner, call.steps.totals, strict=True)]
         )
@@ -140,15 +140,19 @@ def ours(generation: str, work: Workload, dump: str) -> dict[str, Any]:
         rows = int((flags & tpu_steps.FIRST != 0).sum()) * call.repeats
         cycles = steps * kernel.rest + rows * (kernel.first + kernel.last)
         cycles += sum(n * c for n, c in zip(counts, kernel.bodies, strict=True))
-        keys = 2 * call.parts * call.tile_kv * HEAD_DIM * 2
-        queries = 2 * call.tile_q * call.group * HEAD_DIM * 2
-        if by == "rows":
-            moved = steps * keys + rows * queries
-        else:  # dq tiles are read and written in float32.
-            moved = steps * 3 * queries + 2 * rows * keys
+        # One array of the tile in bfloat16; what is summed in HBM is read and written in float32.
+        keys = call.parts * call.tile_kv * HEAD_DIM * 2
+        queries = call.tile_q * call.group * HEAD_DIM * 2
+        per_step, per_row = {
+            ("forward", "rows"): (2 * keys, 2 * queries),
+            ("backward", "rows"): (2 * keys + 8 * keys, 3 * queries),
+            ("backward", "cols"): (2 * queries + 4 * queries, 4 * keys),
+        }[pass_, call.by]
+        moved = steps * per_step + rows * per_row
         result[pass_] = {
             "cycles": cycles, "steps": steps, "full": counts[0], "partial": counts[1],
-            "tile": [call.tile_q, call.tile_kv], "parts": call.parts, "hbm_bytes": moved,
+            "by": call.by, "tile": [call.tile_q, call.tile_kv], "parts": call.parts,
+            "hbm_bytes": moved,
             "kernel": dataclasses.asdict(kernel),
         }  # fmt: skip
     return result
@@ -157,14 +161,17 @@ def ours(generation: str, work: Workload, dump: str) -> dict[str, Any]:
 # --- Splash ---------------------------------------------------------------------------------------
 
 
-def splash_kernel(patterns: tuple, blocks: tuple, *, fused: bool, length: int = LENGTH):
-    """Splash for patterns by head (Causal and Local; None = a random array)."""
+def splash_kernel(patterns: tuple, blocks: tuple, *, length: int = LENGTH):
+    """Splash for patterns by head (Causal and Local; None = a random array).
+
+    Its backward is one kernel of five products; the other choice, two kernels of seven, has more
+    of everything that is counted here.
+    """
     block_q, block_kv, compute = blocks
     sizes = splash_lib.BlockSizes(
         block_q=block_q, block_kv=block_kv, block_kv_compute=compute,
         block_q_dkv=block_q, block_kv_dkv=block_kv, block_kv_dkv_compute=compute,
-        block_q_dq=None if fused else block_q, block_kv_dq=None if fused else block_kv,
-        use_fused_bwd_kernel=fused,
+        use_fused_bwd_kernel=True,
     )  # fmt: skip
 
     def mask(pattern):
@@ -193,11 +200,11 @@ def call_splash(kernel, q, k, v, ids=None):
 
 
 @functools.cache
-def splash_bundles(generation: str, variant: str, blocks: tuple, fused: bool, dump: str):
+def splash_bundles(generation: str, variant: str, blocks: tuple, dump: str):
     """Splash's kernels for one way of masking; bundles per step do not depend on the length."""
     length = LENGTH // 4
     pattern = None if variant == "array" else causal.Causal()
-    kernel = splash_kernel((pattern,), blocks, fused=fused, length=length)
+    kernel = splash_kernel((pattern,), blocks, length=length)
     args = shapes(length, splash=True, batch=4 * BATCH)  # As many bytes as at full length.
     if variant == "segments":
         args = (*args, jax.ShapeDtypeStruct((4 * BATCH, length), jnp.int32))
@@ -224,7 +231,7 @@ def splash_blocks(patterns: tuple, block_q: int, block_kv: int) -> np.ndarray:
 
 
 def splash(generation: str, work: Workload, dump: str) -> dict[str, Any]:
-    """Its best cycles over block sizes, with and without the fused backward kernel."""
+    """Its best cycles over block sizes."""
     best: dict[str, Any] = {}
     for blocks in SPLASH_BLOCKS:
         active = splash_blocks(work.splash, *blocks[:2])
@@ -232,31 +239,25 @@ def splash(generation: str, work: Workload, dump: str) -> dict[str, Any]:
         # The grid shrinks to the longest row (column) of all heads.
         by_rows = (active, heads * rows * active.sum(2).max(), heads * rows)
         by_cols = (active, heads * cols * active.sum(1).max(), KV_HEADS * cols)
-        for fused in (True, False):
-            try:
-                kernels = splash_bundles(generation, work.variant, blocks, fused, dump)
-            except Exception as error:  # A size that does not fit is no candidate.
-                print(f"  splash {blocks} fused={fused}: {str(error).splitlines()[0][:120]}")
-                continue
-
-            def cycles(name, listed, kernels=kernels):
-                kernel = next(k for n, k in kernels.items() if name in n)
-                grid, steps, edges = listed
-                body = sum(kernel.bodies)
-                return int(
-                    steps * kernel.rest + grid.sum() * body + edges * (kernel.first + kernel.last)
-                )
-
-            found = {"forward": cycles("fwd", by_rows), "backward": cycles("dkv", by_cols)}
-            if not fused:
-                found["backward"] += cycles("_dq", by_rows)
-            for pass_, value in found.items():
-                if value < best.get(pass_, {"cycles": np.inf})["cycles"]:
-                    best[pass_] = {
-                        "cycles": value, "blocks": blocks, "fused": fused,
-                        "active_blocks": int(active.sum()),
-                        "kernels": {n: dataclasses.asdict(k) for n, k in kernels.items()},
-                    }  # fmt: skip
+        try:
+            kernels = splash_bundles(generation, work.variant, blocks, dump)
+        except Exception as error:  # A size that does not fit is no candidate.
+            print(f"  splash {blocks}: {str(error).splitlines()[0][:120]}")
+            continue
+        for pass_, name, (grid, steps, edges) in (
+            ("forward", "fwd", by_rows), ("backward", "dkv", by_cols),
+        ):  # fmt: skip
+            kernel = next(k for n, k in kernels.items() if name in n)
+            cycles = int(
+                steps * kernel.rest
+                + grid.sum() * sum(kernel.bodies)
+                + edges * (kernel.first + kernel.last)
+            )
+            if cycles < best.get(pass_, {"cycles": np.inf})["cycles"]:
+                best[pass_] = {
+                    "cycles": cycles, "blocks": blocks, "active_blocks": int(active.sum()),
+                    "kernel": dataclasses.asdict(kernel),
+                }  # fmt: skip
     return best
 
 
@@ -269,13 +270,31 @@ def mxu_cycles(generation: str, work: Workload, pass_: str) -> int:
     if work.segment_ids is not None:
         counts = np.bincount(work.segment_ids[0])
         density = (counts * (counts + 1) / 2).sum() / LENGTH**2
-    units, side = MXU[generation]
+    units, cycles = tpu_schedule.MXU[generation]
     products = 2 if pass_ == "forward" else 5
-    return int(products * HEADS * density * LENGTH**2 * HEAD_DIM / (units * side**2))
+    # A `vmatmul` is 16 rows against 128 x 128 numbers, 128 x 256 in halves on v6e.
+    lanes = 256 if generation == "v6e" else 128
+    per_product = 16 * HEAD_DIM * lanes * units / cycles
+    return int(products * HEADS * density * LENGTH**2 * HEAD_DIM / per_product)
+
+
+def row(record: dict[str, Any]) -> dict[str, Any]:
+    """A record as a row of the table."""
+    ours, theirs = record["ours"], record["splash"]
+    return {
+        **{key: record[key] for key in ("chip", "workload", "pass")},
+        "ours (Mcycles)": ours["cycles"] / 1e6, "tile": "x".join(map(str, ours["tile"])),
+        "tiles per step": ours["parts"], "splash": theirs["cycles"] / 1e6,
+        "blocks": "x".join(map(str, theirs["blocks"][:2])),
+        "splash / ours": theirs["cycles"] / ours["cycles"],
+        "MXU bound": record["mxu_bound_cycles"] / 1e6,
+        "splash / bound": theirs["cycles"] / record["mxu_bound_cycles"],
+        "HBM MB": ours["hbm_bytes"] / 1e6,
+    }  # fmt: skip
 
 
 def main() -> None:
-    """Writes results/tpu_cost.json and prints the table."""
+    """Writes tpu_cost_<chip>.json, and tpu_cost.md from the records of all chips beside it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--generations",
@@ -284,39 +303,30 @@ def main() -> None:
         choices=tpu_schedule.GENERATIONS,
     )
     parser.add_argument("--workloads", nargs="+", help="first words of their names; default all")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="a folder")
     options = parser.parse_args()
     chosen = {
         name: work for name, work in workloads().items()
         if options.workloads is None or any(name.startswith(w) for w in options.workloads)
     }  # fmt: skip
-    rows, records = [], []
     with tempfile.TemporaryDirectory() as dump:
         tpu_schedule.start(dump)
         for generation in options.generations:
+            records = []
             for name, work in chosen.items():
                 mine, theirs = ours(generation, work, dump), splash(generation, work, dump)
                 for pass_ in ("forward", "backward"):
-                    bound = mxu_cycles(generation, work, pass_)
-                    a, b = mine[pass_], theirs[pass_]
-                    rows.append({
-                        "chip": generation, "workload": name, "pass": pass_,
-                        "ours (Mcycles)": a["cycles"] / 1e6,
-                        "tile": "x".join(map(str, a["tile"])),
-                        "tiles per step": a["parts"],
-                        "splash": b["cycles"] / 1e6,
-                        "blocks": "x".join(map(str, b["blocks"][:2])) + " fused" * b["fused"],
-                        "splash / ours": b["cycles"] / a["cycles"],
-                        "MXU bound": bound / 1e6, "HBM MB": a["hbm_bytes"] / 1e6,
-                    })  # fmt: skip
                     records.append(
-                        {"chip": generation, "workload": name, "pass": pass_, "ours": a,
-                         "splash": b, "mxu_bound_cycles": bound}
+                        {"chip": generation, "workload": name, "pass": pass_, "ours": mine[pass_],
+                         "splash": theirs[pass_],
+                         "mxu_bound_cycles": mxu_cycles(generation, work, pass_)}
                     )  # fmt: skip
-                    print(rows[-1], flush=True)
-                bench.write(records, options.out)
-    text = bench.table(rows)
-    options.out.with_suffix(".md").write_text(text + "\n")
+                    print(row(records[-1]), flush=True)
+            bench.write(records, options.out / f"tpu_cost_{generation}.json")
+    found = [options.out / f"tpu_cost_{generation}.json" for generation in tpu_schedule.GENERATIONS]
+    recorded = [json.loads(path.read_text())["results"] for path in found if path.exists()]
+    text = bench.table([row(record) for records in recorded for record in records])
+    (options.out / "tpu_cost.md").write_text(text + "\n")
     print(text)
 
 

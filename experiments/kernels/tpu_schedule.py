@@ -15,6 +15,10 @@ from jax.experimental import topologies
 from sparse_attn.ops import tiles
 
 GENERATIONS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+# Matrix units of a core, and cycles that one takes for 16 rows (a `vmatmul` of bfloat16; one of
+# float32 has 8): those of v6e have 256 lanes, which products of 128 fill by half, and take two rows
+# a cycle.
+MXU = {"v4": (4, 16), "v5e": (4, 16), "v5p": (4, 16), "v6e": (2, 8)}
 # Slots of a bundle on v5e; shares on the other generations are relative to these.
 SLOTS = {
     "matmul": 4, "matpush": 4, "xlu": 3, "valu": 4, "vpop": 2, "eup": 1, "vload": 3, "fill": 3,
@@ -25,10 +29,16 @@ UTILIZATION = "final_hlo-static-per-bundle-utilization.txt"
 
 @dataclasses.dataclass
 class Kernel:
-    """Bundles of one kernel. `bodies` hold the products: FULL then PARTIAL for ours."""
+    """Cycles of one kernel. `bodies` hold the products: FULL then PARTIAL for ours.
+
+    A bundle issues in one cycle; a body takes no less than its products take the matrix units
+    (`products`), though the compiler may issue them in fewer bundles (`bundles`).
+    """
 
     name: str
     bodies: list[int]
+    bundles: list[int]
+    products: list[int]
     first: int
     last: int
     rest: int
@@ -50,8 +60,7 @@ def start(dump: str) -> None:
 
 def compile_kernels(generation: str, f: Callable, args: Any, dump: str) -> dict[str, Kernel]:
     """The kernels of `jit(f)` by name, and the memory that the program needs."""
-    topology = topologies.get_topology_desc(topology_name=GENERATIONS[generation], platform="tpu")
-    chip = topology.devices[0]
+    chip = device(generation)
     mesh = jax.sharding.Mesh([chip], ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
@@ -67,15 +76,16 @@ def compile_kernels(generation: str, f: Callable, args: Any, dump: str) -> dict[
     for path in pathlib.Path(dump).glob("*-final_bundles.txt"):
         if "schedule-analysis" in path.name:
             continue
-        if (kernel := read_kernel(path)) is not None:
+        if (kernel := read_kernel(path, MXU[generation])) is not None:
             kernels[kernel.name] = kernel
     for path in pathlib.Path(dump).iterdir():
         path.unlink()
     return kernels
 
 
-def read_kernel(path: pathlib.Path) -> Kernel | None:
+def read_kernel(path: pathlib.Path, mxu: tuple[int, int]) -> Kernel | None:
     """Cuts the bundles of a kernel at its predicated regions; None where it has no product."""
+    units, cycles = mxu
     bundles = read_bundles(path)
     starts, ends = {}, {}
     for at, text in enumerate(bundles):
@@ -112,7 +122,18 @@ def read_kernel(path: pathlib.Path) -> Kernel | None:
     lengths = [size(r) for r in bodies]
     name = re.sub(r"^\d+-", "", path.name).split("-")[0]
     rest = size(loop) - sum(lengths) - first - last
-    return Kernel(name, lengths, first, last, rest, shares)
+    rows = [
+        8 * text.count("vmatmul") + 8 * len(re.findall(r"vmatmul\S*bf16", text)) for text in bundles
+    ]
+    in_products = [sum(rows[a : b + 1]) * cycles // (16 * units) for a, b in bodies]
+    cycles_of = [max(pair) for pair in zip(lengths, in_products, strict=True)]
+    return Kernel(name, cycles_of, lengths, in_products, first, last, rest, shares)
+
+
+def device(generation: str) -> jax.Device:
+    """A chip of the generation that programs can be compiled for."""
+    name = GENERATIONS[generation]
+    return topologies.get_topology_desc(topology_name=name, platform="tpu").devices[0]
 
 
 def read_bundles(path: pathlib.Path) -> list[str]:

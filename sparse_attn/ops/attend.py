@@ -86,10 +86,10 @@ def attend(
     >>> attend(q, k, v, mask=local.Local(window=32)).shape
     (1, 300, 4, 16)
     """
-    inputs = _validate(
+    inputs = validate(
         q, k, v, mask, segment_ids, positions, key_bias, scale, logits_soft_cap, sink_logits
     )
-    out, lse = vjp.run(_choose(inputs, impl), inputs)
+    out, lse = vjp.run(choose(inputs, impl), inputs)
     return (out, lse) if return_lse else out
 
 
@@ -152,7 +152,13 @@ def _module(name: str) -> types.ModuleType:
         raise NotImplementedError(f"impl={name!r} cannot be imported: {error}") from error
 
 
-def _choose(inputs: inputs_lib.Inputs, impl: str | None) -> types.ModuleType:
+def choose(inputs: inputs_lib.Inputs, impl: str | None) -> types.ModuleType:
+    """The backend that `attend` runs: the named one, or the first that takes the inputs.
+
+    Raises:
+      ValueError: there is no backend of that name.
+      NotImplementedError: as in `attend`.
+    """
     if impl is not None:
         module = _module(impl)
         try:
@@ -181,7 +187,14 @@ def _log_choice(name: str, refusals: tuple[str, ...]) -> None:
     _LOG.info("attend uses backend %s%s", name, reasons)
 
 
-def _validate(q, k, v, mask, segment_ids, positions, key_bias, scale, soft_cap, sink_logits):
+def validate(
+    q, k, v, mask, segment_ids, positions, key_bias, scale, soft_cap, sink_logits
+) -> inputs_lib.Inputs:
+    """The arguments of `attend` in the form that backends take.
+
+    Raises:
+      ValueError: as in `attend`.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4 or 0 in x.shape:
             raise ValueError(f"{name}.shape={x.shape} must be [batch, length, heads, head_dim]")

@@ -64,39 +64,76 @@ def mask_block(length: int) -> int:
     return min(128, max(16, 1 << (length - 1).bit_length()))
 
 
-def tpu_tiles(*, by: str, group: int, wide: bool) -> tuple[tuple[int, int], ...]:
+def tpu_tiles(*, step: str, group: int, wide: bool) -> tuple[tuple[int, int], ...]:
     """Tiles (queries, keys) in tokens that the TPU kernels choose from, the largest first.
 
-    From the compiler's schedules for v5e, experiments/kernels/results/tpu_cost.json: about 1024
-    rows of stacked heads fill the matrix units in the forward kernel; the backward kernel works
-    head by head.
+    From the compilers' schedules, experiments/kernels/results/tpu_cost.md: 512 keys keep the
+    matrix units busy between two updates of the maximum, more rows of stacked heads than 2048
+    gain nothing. The least is one tile of the matrix units.
 
     Args:
-      by: "rows" (forward) or "cols" (backward).
+      step: "forward" or "backward".
       group: query heads stacked on one tile of keys.
       wide: head dimensions above 128, or float32: twice the vector memory per token.
 
-    >>> tpu_tiles(by="rows", group=4, wide=False)
-    ((256, 512), (128, 512), (128, 128))
+    >>> tpu_tiles(step="forward", group=4, wide=False)
+    ((512, 512), (256, 512), (128, 512), (128, 128))
     """
-    rows = 512 if wide else 1024
-    if by == "cols":
-        rows *= 2
+    rows = 1024 if wide else 2048
     heads = 1 << (group - 1).bit_length()
-    tile_q = max(128, min(256 if wide and by == "cols" else 512, rows // heads))
+    widest = 256 if wide else 512
+    largest = max(128, min(256 if wide and step == "backward" else 512, rows // heads))
     # Many heads on the least queries: fewer keys keep the logits as small.
-    tile_kv = max(128, min(256 if wide else 512, 512 * rows // (heads * tile_q)))
-    return tuple(dict.fromkeys(((tile_q, tile_kv), (128, tile_kv), (128, 128))))
+    tile_kv = max(128, min(widest, 512 * rows // (heads * largest)))
+    sides = [side for side in (512, 256, 128) if side <= largest]
+    return *((side, tile_kv) for side in sides), (128, 128)
 
 
-def tpu_tile_cost(tile_q: int, tile_kv: int, *, by: str, group: int) -> float:
-    """Issue cycles of one step on v5e, fitted to experiments/kernels/results/tpu_cost.json.
-
-    >>> tpu_tile_cost(256, 512, by="rows", group=4)
-    2562.0
+@dataclasses.dataclass(frozen=True)
+class TpuCycles:
+    """Issue cycles of a TPU kernel: what a step, each of its parts and each of its pairs of 128
+    queries (of one head) and 128 keys takes, 128 queries whatever their keys, and an output row.
     """
-    pairs = group * tile_q * tile_kv / 128**2
-    return 450.0 + 66 * pairs if by == "rows" else 880.0 + 140 * pairs
+
+    step: int
+    part: int
+    pair: int
+    queries: int
+    row: int
+
+    def __call__(
+        self, steps: float | int, rows: float | int, tile: tuple[int, int], parts: int, group: int
+    ):
+        """Cycles of `steps` steps of `parts` tiles, in `rows` output rows.
+
+        >>> TpuCycles(100, 10, 1, 2, 3)(1, 1, (128, 256), 4, 2)
+        166.0
+        """
+        queries = group * tile[0] / 128
+        inside = queries * (self.queries + self.pair * parts * tile[1] / 128)
+        return float(steps * (self.step + self.part * parts + inside) + rows * self.row * queries)
+
+
+# Fitted to the kernels in experiments/kernels/results/tpu_cost_*.json, by device kind.
+_TPU_CYCLES = {
+    "TPU v4": {
+        "forward": TpuCycles(170, 50, 74, 98, 240), "backward": TpuCycles(350, 90, 150, 80, 48),
+    },
+    "TPU v5 lite": {
+        "forward": TpuCycles(110, 45, 48, 67, 158), "backward": TpuCycles(240, 80, 136, 61, 33),
+    },
+    "TPU v5": {
+        "forward": TpuCycles(180, 55, 48, 67, 158), "backward": TpuCycles(255, 100, 136, 61, 33),
+    },
+    "TPU v6 lite": {
+        "forward": TpuCycles(120, 53, 31, 60, 78), "backward": TpuCycles(255, 97, 70, 72, 20),
+    },
+}  # fmt: skip
+
+
+def tpu_cycles(step: str) -> TpuCycles:
+    """Cycles of the "forward" or "backward" kernel on the target; unknown TPUs count as v6e."""
+    return _TPU_CYCLES.get(target().kind, _TPU_CYCLES["TPU v6 lite"])[step]
 
 
 def tpu_smem_words() -> int:

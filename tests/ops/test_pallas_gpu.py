@@ -70,7 +70,7 @@ def test_hopper_takes_it_when_named():
         pytest.skip(f"Mosaic GPU {plgpu_compat.missing()}")
     inputs = make_inputs(lower.lower(WINDOW, q_len=512))
     with tiles.assume(HOPPER):
-        assert attend_lib._choose(inputs, "pallas_gpu") is pallas_gpu
+        assert attend_lib.choose(inputs, "pallas_gpu") is pallas_gpu
 
 
 CELLS = [

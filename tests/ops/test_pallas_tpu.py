@@ -125,20 +125,36 @@ def test_steps_are_the_active_tiles(by):
 
 @pytest.mark.parametrize("traced", (False, True), ids=("static", "run_time"))
 def test_far_blocks_are_gathered(traced):
-    """Single blocks of a selection: four tiles of keys make a step; the mask stays the same."""
-    grid = np.random.default_rng(0).integers(0, 3, (1, 2, 6, 7)).astype(np.int32)
+    """Single blocks of a selection: four tiles of keys make a step; the mask stays the same.
+
+    By run-time lists two heads share a table and their keys, else each adds to dk and dv alone.
+    """
+    heads = 2 if traced else 4
+    grid = np.random.default_rng(0).integers(0, 3, (1, heads, 6, 7)).astype(np.int32)
     grid[0, 0, 2] = 0
     mask = block_mask.from_block_states(
         grid, rule=causal.Causal(), q_len=700, kv_len=800, block_q=128, block_kv=128
     )
     made = problem("far", q_len=700, kv_len=800, heads=4, kv_heads=2)
-    visible = np.concatenate([expand(mask, table) for table in (0, 0, 1, 1)], 1)
+    visible = np.concatenate([expand(mask, table) for table in range(heads)], 1)
+    visible = visible.repeat(4 // heads, 1)
     made = dataclasses.replace(made, mask=mask, visible=visible)
     got = contract.run(made, "pallas_tpu", traced=traced)
     contract.compare(got, contract.solve(made), np.float32)
-    steps = build(mask, tables=((0,), (1,)), parts=4)
+    steps = build(mask, tables=[(i,) for i in range(heads)], parts=4)
     rows = np.maximum(mask.kv_counts, 1)
     assert steps.totals.tolist() == [(-(-rows // 4)).sum()]
+
+
+def test_a_step_knows_that_the_one_before_writes_its_tile():
+    """dk and dv of a tile are read again only when the write of the last active step is over."""
+    grid = np.array([[2, 0, 0], [0, 2, 2], [0, 0, 2], [0, 0, 0], [0, 2, 0]])
+    mask = block_mask.from_block_states(
+        grid, rule=full.Full(), q_len=640, kv_len=384, block_q=128, block_kv=128
+    )
+    for parts, again in ((1, [1, 0, 0, 1, 0, 1]), (2, [1, 1, 0, 0, 1, 1, 0, 0, 1, 1])):
+        flags = build(mask, parts=parts).inner[0] & tpu_steps.AGAIN
+        np.testing.assert_array_equal(flags > 0, again)
 
 
 def build_traced(mask, *ids):

@@ -116,8 +116,8 @@ def cells():
     for i, generation in enumerate(GENERATIONS):
         for j, head_dim in enumerate((64, 128, 256)):
             for k, length in enumerate(LENGTHS):
-                # A million tokens in blocks of 512 are 4 million candidates: documents stand in.
-                makes = (static, documents, documents if length == "1M" else selected)
+                # A million tokens in blocks of 512 are 4 million candidates, so none are selected.
+                makes = (static, documents, static if length == "1M" else selected)
                 for make in dict.fromkeys(makes):
                     cell = (generation, head_dim, length, make)
                     if cell not in FAST and make is not makes[(i + j + k) % 3]:
@@ -219,12 +219,11 @@ def test_refuses_off_the_tpu():
 @pytest.mark.timeout(900)
 def test_static_cost_reads_the_schedule(tmp_path):
     """In a process of its own: the compiler reads where to write its schedule when it loads."""
-    out = tmp_path / "cost.json"
     command = "-m experiments.kernels.tpu_cost --generations v5e --workloads causal --out"
-    subprocess.run([sys.executable, *command.split(), str(out)], check=True, timeout=1200)
-    for record in json.loads(out.read_text())["results"]:
+    subprocess.run([sys.executable, *command.split(), str(tmp_path)], check=True, timeout=1200)
+    for record in json.loads((tmp_path / "tpu_cost_v5e.json").read_text())["results"]:
         ours, splash = record["ours"], record["splash"]
         full, partial = ours["kernel"]["bodies"]
-        assert 500 < full < 1.2 * partial
+        assert 500 < full <= 1.2 * partial
         assert ours["steps"] == ours["full"] + ours["partial"]
         assert 0.5 * record["mxu_bound_cycles"] < ours["cycles"] <= splash["cycles"]

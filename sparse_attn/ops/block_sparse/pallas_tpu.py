@@ -16,10 +16,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sparse_attn.ops import tiles
 from sparse_attn.ops.block_sparse import inputs as inputs_lib
-from sparse_attn.ops.block_sparse import tpu_launch, tpu_steps
+from sparse_attn.ops.block_sparse import tpu_launch, tpu_steps, tpu_sums
 
-_LOG2E = math.log2(math.e)
 _MAX_HEAD_DIM = 256
+_ROWS_AT_ONCE = 512  # Of stacked heads, in the products of a backward step.
 
 
 def check(inputs: inputs_lib.Inputs) -> None:
@@ -41,16 +41,16 @@ def check(inputs: inputs_lib.Inputs) -> None:
             raise NotImplementedError(
                 f"a block of {block} tokens fits no tile of {tpu_launch.LANES}s"
             )
-    for by in ("rows", "cols"):
+    for step in ("forward", "backward"):
         if mask.is_static:
-            tpu_launch.plan(inputs, by)
+            tpu_launch.plan(inputs, step)
         else:
-            jax.eval_shape(lambda by=by: tpu_launch.plan(inputs, by).steps.outer)
+            jax.eval_shape(lambda step=step: tpu_launch.plan(inputs, step).steps.outer)
 
 
 def forward(inputs: inputs_lib.Inputs) -> tuple[jax.Array, jax.Array]:
     """out and lse, see `inputs.Backend`."""
-    call = tpu_launch.plan(inputs, "rows")
+    call = tpu_launch.plan(inputs, "forward")
     batch, q_len, num_heads, _ = inputs.q.shape
     v_dim = tpu_launch.lane_dim(inputs.v.shape[3])
     operands = tpu_launch.operands_of(call)
@@ -88,25 +88,64 @@ def forward(inputs: inputs_lib.Inputs) -> tuple[jax.Array, jax.Array]:
 
 def backward(inputs: inputs_lib.Inputs, lse, dout, delta) -> inputs_lib.Grads:
     """Gradients, see `inputs.Backend`: one kernel, which recomputes the weights once."""
-    call = tpu_launch.plan(inputs, "cols")
+    call = tpu_launch.plan(inputs, "backward")
+    run = _backward_by_rows if call.by == "rows" else _backward_by_cols
+    return run(call, tpu_launch.operands_of(call, dout, lse, delta))
+
+
+def _backward_by_rows(call, operands):
+    inputs = call.inputs
     batch, q_len, num_heads, head_dim = inputs.q.shape
     _, kv_len, num_kv_heads, v_dim = inputs.v.shape
     dim, v_lanes = tpu_launch.lane_dim(head_dim), tpu_launch.lane_dim(v_dim)
-    operands = tpu_launch.operands_of(call, dout, lse, delta)
+    dtype = tpu_launch.compute_dtype(inputs.q)
+    outputs = {
+        "dq": tpu_launch.Operand(
+            jax.ShapeDtypeStruct(operands["q"].array.shape, dtype),
+            operands["q"].block,
+            operands["q"].at,
+        ),
+        # dk and dv side by side; the last tile takes what parts without a tile would add.
+        "dkv": tpu_launch.Operand(
+            jax.ShapeDtypeStruct(
+                (batch, (call.cols + 1) * call.tile_kv, num_kv_heads * (dim + v_lanes)),
+                jnp.float32,
+            ),
+            (), None, pl.ANY,
+        ),
+    }  # fmt: skip
+    scratch = {
+        "dq_acc": pltpu.VMEM((call.group * call.tile_q, dim), jnp.float32),
+        **tpu_sums.scratch(call.parts, call.tile_kv, dim + v_lanes),
+    }
+    dq, dkv = tpu_launch.launch(
+        call, functools.partial(_backward_row, call), operands, outputs, scratch
+    )
+    dq = tpu_launch.heads_from_lanes(dq, q_len, num_heads, head_dim).astype(inputs.q.dtype)
+    dkv = tpu_launch.heads_from_lanes(dkv, kv_len, num_kv_heads, dim + v_lanes)
+    dk = (dkv[..., :head_dim] * inputs.scale).astype(inputs.k.dtype)
+    dv = dkv[..., dim : dim + v_dim].astype(inputs.v.dtype)
+    return inputs_lib.Grads(dq, dk, dv, None)
+
+
+def _backward_by_cols(call, operands):
+    inputs = call.inputs
+    batch, q_len, num_heads, head_dim = inputs.q.shape
+    _, kv_len, num_kv_heads, v_dim = inputs.v.shape
+    dim, v_lanes = tpu_launch.lane_dim(head_dim), tpu_launch.lane_dim(v_dim)
     q_pad, kv_pad = call.rows * call.tile_q, call.cols * call.tile_kv
     dtype = tpu_launch.compute_dtype(inputs.q)
     outputs = {
         "dk": tpu_launch.Operand(
             jax.ShapeDtypeStruct((batch, kv_pad, num_kv_heads * dim), dtype),
-            operands["k"].block,
-            operands["k"].at,
+            (1, call.tile_kv, dim),
+            operands["kv0"].at,
         ),
         "dv": tpu_launch.Operand(
             jax.ShapeDtypeStruct((batch, kv_pad, num_kv_heads * v_lanes), dtype),
-            operands["v"].block,
-            operands["v"].at,
+            (1, call.tile_kv, v_lanes),
+            operands["kv0"].at,
         ),
-        # Summed over the tiles of keys in HBM, since they come in between.
         "dq": tpu_launch.Operand(
             jax.ShapeDtypeStruct((batch, q_pad, num_heads * dim), jnp.float32), (), None, pl.ANY
         ),
@@ -114,10 +153,7 @@ def backward(inputs: inputs_lib.Inputs, lse, dout, delta) -> inputs_lib.Grads:
     scratch = {
         "dk_acc": pltpu.VMEM((call.tile_kv, dim), jnp.float32),
         "dv_acc": pltpu.VMEM((call.tile_kv, v_lanes), jnp.float32),
-        "dq_tiles": pltpu.VMEM((2, call.tile_q, call.group * dim), jnp.float32),
-        "reads": pltpu.SemaphoreType.DMA((2,)),
-        "writes": pltpu.SemaphoreType.DMA((2,)),
-        "book": pltpu.SMEM((4,), jnp.int32),
+        **tpu_sums.scratch(1, call.tile_q, call.group * dim),
     }
     if inputs.key_bias is not None:
         heads = inputs_lib.group_size(inputs) if inputs.key_bias.shape[1] > 1 else 1
@@ -128,7 +164,7 @@ def backward(inputs: inputs_lib.Inputs, lse, dout, delta) -> inputs_lib.Grads:
         )
         scratch["dbias_acc"] = pltpu.VMEM((heads, call.tile_kv, tpu_launch.LANES), jnp.float32)
     dk, dv, dq, *dbias = tpu_launch.launch(
-        call, functools.partial(_backward, call), operands, outputs, scratch
+        call, functools.partial(_backward_col, call), operands, outputs, scratch
     )
     dq = tpu_launch.heads_from_lanes(dq * inputs.scale, q_len, num_heads, head_dim).astype(
         inputs.q.dtype
@@ -147,11 +183,24 @@ def backward(inputs: inputs_lib.Inputs, lse, dout, delta) -> inputs_lib.Grads:
 
 
 def _step(call, refs):
-    """Place and flags of this step, and the functions that run by them."""
+    """Number of this step, and the places and flags of its parts."""
     ib, ih, t = (pl.program_id(i) for i in range(3))
-    flags = refs.inner[t * call.parts]
-    place = call.place(ib, ih, t, refs.outer, refs.inner)
-    return t, place, flags
+    parts = range(call.parts)
+    places = [call.place(ib, ih, t, refs.outer, refs.inner, part=i) for i in parts]
+    return t, places, [refs.inner[t * call.parts + i] for i in parts]
+
+
+def _state(entries):
+    """States of the parts, and of their step: FULL if all are, PARTIAL if any part is listed."""
+    states = [entry & tpu_steps.STATE for entry in entries]
+    least, most = functools.reduce(jnp.minimum, states), functools.reduce(jnp.maximum, states)
+    return states, jnp.where(least == 2, 2, jnp.minimum(most, 1))
+
+
+def _keys_values(call, refs, dim):
+    """Keys (the first `dim` lanes) and values of the parts of a step, one below the other."""
+    parts = [getattr(refs, f"kv{i}") for i in range(call.parts)]
+    return (_concatenate([x[0, :, at] for x in parts], 0) for at in (slice(dim), slice(dim, None)))
 
 
 def _branches(state, body):
@@ -160,11 +209,11 @@ def _branches(state, body):
     pl.when(state == 1)(lambda: body(True))
 
 
-def _visible(call, refs, t, place, queries):
-    """Element mask of a tile, [q, kv], or [kv, q] where `queries` is axis 1; bool."""
+def _visible(call, refs, t, place):
+    """Element mask of a tile, [q, kv] forward, [kv, q] backward; bool."""
     inputs, mask = call.inputs, call.mask
     _, _, _, row, col, entry = place
-    keys = 1 - queries
+    queries, keys = (0, 1) if call.step == "forward" else (1, 0)
     shape = tpu_launch.mask_shape(call)
 
     def along(axis, ids):
@@ -256,10 +305,9 @@ def _logits(call, products):
     return tanh * cap, tanh
 
 
-def _stack(ref, dim, group):
-    """[1, tokens, group * dim] -> [group * tokens, dim]."""
-    parts = [ref[0, :, g * dim : (g + 1) * dim] for g in range(group)]
-    return parts[0] if group == 1 else jnp.concatenate(parts, 0)
+def _stack(ref, heads, dim):
+    """[1, tokens, group * dim] -> [heads * tokens, dim]."""
+    return _concatenate([ref[0, :, g * dim : (g + 1) * dim] for g in heads], 0)
 
 
 def _hide(call, refs, logits, visible, keys):
@@ -280,38 +328,35 @@ def _concatenate(parts, axis):
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
 
 
-def _gathered(call, refs, t, states):
-    """Element mask of the tiles of a step side by side, [q, parts * kv]."""
-    ib, ih = pl.program_id(0), pl.program_id(1)
+def _visible_parts(call, refs, t, places, states):
+    """Element mask of the tiles of a step side by side, along the keys."""
+    if call.parts == 1:
+        return _visible(call, refs, t, places[0])
     found = []
-    for i, state in enumerate(states):
-        place = call.place(ib, ih, t, refs.outer, refs.inner, part=i)
-        seen = _visible(call, refs, t, place, 0)
+    for place, state in zip(places, states, strict=True):
+        seen = _visible(call, refs, t, place)
         state = jnp.full(seen.shape, state)
         found.append(((seen & (state == 1)) | (state == 2)).astype(jnp.int32))
-    return jnp.concatenate(found, 1) != 0
+    return jnp.concatenate(found, 1 if call.step == "forward" else 0) != 0
 
 
 def _forward(call, refs):
-    t, place, flags = _step(call, refs)
-    parts = range(call.parts)
-    entries = [refs.inner[t * call.parts + i] for i in parts]
-    states = [entry & tpu_steps.STATE for entry in entries]
-    names = ["", *(str(i) for i in parts[1:])]
+    t, places, entries = _step(call, refs)
+    states, state = _state(entries)
     group, tile_q = call.group, call.tile_q
-    dim, v_dim = refs.k.shape[2], refs.acc.shape[1]
+    dim, v_dim = refs.q_rows.shape[1], refs.acc.shape[1]
     unit = tpu_launch.unit(call.inputs)
 
-    @pl.when(flags & tpu_steps.FIRST != 0)
+    @pl.when(entries[0] & tpu_steps.FIRST != 0)
     def _():
-        refs.q_rows[...] = _stack(refs.q, dim, group)
+        refs.q_rows[...] = _stack(refs.q, range(group), dim)
         refs.acc[...] = jnp.zeros_like(refs.acc)
         if "sinks" not in vars(refs):
             refs.top[...] = jnp.full_like(refs.top, -jnp.inf)
             refs.sum[...] = jnp.zeros_like(refs.sum)
         else:
             for g in range(group):
-                sink = jnp.full((tile_q, tpu_launch.LANES), refs.sinks[place[1], g])
+                sink = jnp.full((tile_q, tpu_launch.LANES), refs.sinks[places[0][1], g])
                 refs.top[g * tile_q : (g + 1) * tile_q] = sink
                 one = jnp.where(sink == -jnp.inf, 0.0, 1.0)
                 refs.sum[g * tile_q : (g + 1) * tile_q] = one
@@ -319,14 +364,8 @@ def _forward(call, refs):
     def body(masked):
         hides = masked or "bias" in vars(refs)
         keys_of_step = call.parts * call.tile_kv
-        visible = None
-        if masked and call.parts == 1:
-            visible = _visible(call, refs, t, place, 0)
-        elif masked:
-            visible = _gathered(call, refs, t, states)
-        ks, vs = (
-            _concatenate([getattr(refs, x + name)[0] for name in names], 0) for x in ("k", "v")
-        )
+        visible = _visible_parts(call, refs, t, places, states) if masked else None
+        ks, vs = _keys_values(call, refs, dim)
         # Masks take registers: half the keys at a time then spills less.
         halves = masked and group * tile_q * keys_of_step >= 1 << 19
         width = keys_of_step // 2 if halves else keys_of_step
@@ -342,15 +381,14 @@ def _forward(call, refs):
             refs.top[...] = top
             if hides:
                 top = jnp.where(top == -jnp.inf, 0, top)  # -inf - -inf is nan.
-            weights = jnp.exp2((logits - _in_lanes(top, width)) * (unit * _LOG2E))
-            decay = jnp.exp2((before - top) * (unit * _LOG2E))
+            weights = jnp.exp2((logits - _in_lanes(top, width)) * (unit * tpu_launch.LOG2E))
+            decay = jnp.exp2((before - top) * (unit * tpu_launch.LOG2E))
             refs.sum[...] = refs.sum[...] * decay + weights.sum(1, keepdims=True)
             refs.acc[...] = refs.acc[...] * _in_lanes(decay, v_dim) + _dot(
                 weights.astype(v.dtype), v, (1, 0)
             )
 
-    least, most = functools.reduce(jnp.minimum, states), functools.reduce(jnp.maximum, states)
-    _branches(jnp.where(least == 2, 2, jnp.minimum(most, 1)), body)
+    _branches(state, body)
 
     @pl.when(entries[-1] & tpu_steps.LAST != 0)
     def _():
@@ -365,76 +403,100 @@ def _forward(call, refs):
             refs.lse[0, 0, g : g + 1] = lse[rows].T[:1]
 
 
-class _Sums:
-    """dq tiles in HBM that steps add to, read and written behind the computation.
+def _recompute(call, k, q, lse, visible, bias=None):
+    """Weights [keys, queries] from their lse (in powers of 2), and tanh of the cap or None."""
+    if call.inputs.logits_soft_cap is None:
+        logits, tanh = _dot(k, q, (1, 1)) * (call.inputs.scale * tpu_launch.LOG2E), None
+    else:
+        logits, tanh = _logits(call, _dot(k, q, (1, 1)))
+        logits = logits * tpu_launch.LOG2E
+    if bias is not None:
+        logits = logits + bias * tpu_launch.LOG2E
+    weights = jnp.exp2(logits - lse)
+    # Last, since lse and the logits of a query are nan where it sees a nan.
+    return weights if visible is None else jnp.where(visible, weights, 0), tanh
 
-    Two buffers: a step reads while the one before still writes. `book` holds the number of active
-    steps so far, the tile of the last one, and which buffers have a write under way.
-    """
 
-    def __init__(self, call, refs, place):
-        b, q_head, _, row, _, _ = place
-        self.refs = refs
-        self.tile = (b * call.q_heads + q_head) * call.rows + row
-        width = refs.dq_tiles.shape[2]
-        self.hbm = refs.dq.at[
-            b, pl.ds(row * call.tile_q, call.tile_q), pl.ds(q_head * width, width)
+def _dlogits(weights, dweights, delta, visible):
+    """The products of a hidden value may overflow, and 0 * inf is nan: they are masked last."""
+    dlogits = weights * (dweights - delta)
+    return dlogits if visible is None else jnp.where(visible, dlogits, 0)
+
+
+def _backward_row(call, refs):
+    t, places, entries = _step(call, refs)
+    states, state = _state(entries)
+    group, tile_q, tile_kv = call.group, call.tile_q, call.tile_kv
+    dim, width = refs.dq_acc.shape[1], refs.sums.shape[3]
+    sums = tpu_sums.Sums(refs, [
+        refs.dkv.at[
+            b, pl.ds(jnp.where(state > 0, col, call.cols) * tile_kv, tile_kv),
+            pl.ds(kv_head * width, width),
         ]
+        for (b, _, kv_head, _, col, _), state in zip(places, states, strict=True)
+    ])  # fmt: skip
+    pl.when(t == 0)(sums.reset)
+    pl.when(state != 0)(lambda: sums.begin(entries[0] & tpu_steps.AGAIN != 0))
 
-    def _read(self, slot):
-        refs = self.refs
-        return pltpu.make_async_copy(self.hbm, refs.dq_tiles.at[slot], refs.reads.at[slot])
+    @pl.when(entries[0] & tpu_steps.FIRST != 0)
+    def _():
+        refs.dq_acc[...] = jnp.zeros_like(refs.dq_acc)
 
-    def _write(self, slot):
-        refs = self.refs
-        return pltpu.make_async_copy(refs.dq_tiles.at[slot], self.hbm, refs.writes.at[slot])
+    def body(masked):
+        k, v = _keys_values(call, refs, dim)
+        heads = max(1, min(group, _ROWS_AT_ONCE // tile_q))
+        visible = _visible_parts(call, refs, t, places, states) if masked else None
+        dk = dv = 0
+        for g in range(0, group, heads):
+            together = range(g, min(g + heads, group))
+            rows = slice(g * tile_q, together.stop * tile_q)
+            lse, delta = (
+                _concatenate([x[0, 0, i : i + 1] for i in together], 1)
+                for x in (refs.lse, refs.delta)
+            )
+            seen = visible
+            if masked and len(together) > 1:
+                seen = jnp.concatenate([visible.astype(jnp.int32)] * len(together), 1) != 0
+            q, dout = (_stack(x, together, x.shape[2] // group) for x in (refs.q, refs.dout))
+            weights, tanh = _recompute(call, k, q, lse, seen)
+            dlogits = _dlogits(weights, _dot(v, dout, (1, 1)), delta, seen)
+            if tanh is not None:
+                dlogits = dlogits * (1 - tanh * tanh)
+            dlogits = dlogits.astype(q.dtype)
+            dv += _dot(weights.astype(dout.dtype), dout, (1, 0))
+            dk += _dot(dlogits, q, (1, 0))
+            refs.dq_acc[rows] += _dot(dlogits, k, (0, 0))
+        tiles = sums.tiles()
+        for i in range(call.parts):
+            keys = slice(i * tile_kv, (i + 1) * tile_kv)
+            tiles[i, :, :dim] += dk[keys]
+            tiles[i, :, dim:] += dv[keys]
+        sums.end()
 
-    def _finish(self, slot):
-        @pl.when(self.refs.book[2 + slot] == 1)
-        def _():
-            self._write(slot).wait()
-            self.refs.book[2 + slot] = 0
+    _branches(state, body)
 
-    def begin(self):
-        """Starts the read of this step's tile."""
-        book = self.refs.book
-        slot = book[0] & 1
-        self._finish(slot)
-        pl.when(book[1] == self.tile)(lambda: self._finish(1 - slot))
-        self._read(slot).start()
+    @pl.when(entries[-1] & tpu_steps.LAST != 0)
+    def _():
+        for g in range(group):
+            dq = refs.dq_acc[g * tile_q : (g + 1) * tile_q] * call.inputs.scale
+            refs.dq[0, :, g * dim : (g + 1) * dim] = dq.astype(refs.dq.dtype)
 
-    def add(self, parts):
-        """Adds `parts`, by head of the group, and starts the write."""
-        refs = self.refs
-        slot = refs.book[0] & 1
-        self._read(slot).wait()
-        dim = refs.dq_tiles.shape[2] // len(parts)
-        for g, part in enumerate(parts):
-            refs.dq_tiles[slot, :, g * dim : (g + 1) * dim] += part
-        self._write(slot).start()
-        refs.book[0] += 1
-        refs.book[1] = self.tile
-        refs.book[2 + slot] = 1
-
-    def reset(self):
-        """Nothing under way; before the first step."""
-        for i, value in enumerate((0, -1, 0, 0)):
-            self.refs.book[i] = value
-
-    def drain(self):
-        """Waits for all writes; after the last step."""
-        for slot in range(2):
-            self._finish(slot)
+    pl.when(t == pl.num_programs(2) - 1)(sums.drain)
 
 
-def _backward(call, refs):
-    t, place, flags = _step(call, refs)
+def _backward_col(call, refs):
+    t, (place,), (flags,) = _step(call, refs)
     group = call.group
     dim, v_dim = refs.dk_acc.shape[1], refs.dv_acc.shape[1]
     has_bias = "bias" in vars(refs)
-    sums = _Sums(call, refs, place)
+    b, q_head, _, row, _, _ = place
+    sums = tpu_sums.Sums(refs, [
+        refs.dq.at[
+            b, pl.ds(row * call.tile_q, call.tile_q), pl.ds(q_head * group * dim, group * dim)
+        ]
+    ])  # fmt: skip
     pl.when(t == 0)(sums.reset)
-    pl.when(flags & tpu_steps.STATE != 0)(sums.begin)
+    pl.when(flags & tpu_steps.STATE != 0)(lambda: sums.begin(flags & tpu_steps.AGAIN != 0))
 
     @pl.when(flags & tpu_steps.FIRST != 0)
     def _():
@@ -444,28 +506,26 @@ def _backward(call, refs):
             refs.dbias_acc[...] = jnp.zeros_like(refs.dbias_acc)
 
     def body(masked):
-        k, v = refs.k[0], refs.v[0]
-        visible = _visible(call, refs, t, place, 1) if masked else None
+        k, v = _keys_values(call, refs, dim)
+        visible = _visible(call, refs, t, place) if masked else None
         dq = []
         for g in range(group):
             q, dout = (
                 ref[0, :, g * d : (g + 1) * d] for ref, d in ((refs.q, dim), (refs.dout, v_dim))
             )
-            logits, tanh = _logits(call, _dot(k, q, (1, 1)))
+            bias, seen = None, visible
             if has_bias:
                 bias = refs.bias[0, 0, g : g + 1] if refs.bias.shape[2] > 1 else refs.bias[0, 0]
-                bias = _in_lanes(_column(bias), logits.shape[1])
-                logits = jnp.where(bias == -jnp.inf, -jnp.inf, logits + bias)
-            if visible is not None:
-                logits = jnp.where(visible, logits, -jnp.inf)
-            weights = jnp.exp(logits - refs.lse[0, 0, g : g + 1])
+                bias = _in_lanes(_column(bias), call.tile_q)
+                seen = bias != -jnp.inf if seen is None else seen & (bias != -jnp.inf)
+            weights, tanh = _recompute(call, k, q, refs.lse[0, 0, g : g + 1], seen, bias)
             refs.dv_acc[...] += _dot(weights.astype(dout.dtype), dout, (1, 0))
-            dweights = _dot(v, dout, (1, 1))
-            dlogits = weights * (dweights - refs.delta[0, 0, g : g + 1])
+            delta = refs.delta[0, 0, g : g + 1]
+            dlogits = _dlogits(weights, _dot(v, dout, (1, 1)), delta, seen)
             if has_bias:
                 slot = 0
                 if refs.dbias_acc.shape[0] > 1:
-                    slot = g if group > 1 else lax.rem(place[1], refs.dbias_acc.shape[0])
+                    slot = g if group > 1 else lax.rem(q_head, refs.dbias_acc.shape[0])
                 refs.dbias_acc[slot] += jnp.broadcast_to(
                     dlogits.sum(1, keepdims=True), refs.dbias_acc.shape[1:]
                 )
@@ -474,7 +534,10 @@ def _backward(call, refs):
             dlogits = dlogits.astype(q.dtype)
             refs.dk_acc[...] += _dot(dlogits, q, (1, 0))
             dq.append(_dot(dlogits, k, (0, 0)))
-        sums.add(dq)
+        tiles = sums.tiles()
+        for g, part in enumerate(dq):
+            tiles[0, :, g * dim : (g + 1) * dim] += part
+        sums.end()
 
     _branches(flags & tpu_steps.STATE, body)
 

@@ -18,6 +18,7 @@ from sparse_attn.ops.block_sparse import inputs as inputs_lib
 from sparse_attn.ops.block_sparse import tpu_steps
 
 LANES = 128
+LOG2E = math.log2(math.e)
 GATHERED = 4  # Tiles of keys in one step where blocks lie far apart.
 _MAX_GROUP = 16  # Heads in one block of queries; larger groups go head by head.
 _NOTHING = 1e30  # In place of the lse of a row that sees nothing: exp(logit - 1e30) is 0.
@@ -28,7 +29,9 @@ class Call:
     """One kernel launch: what its steps mean.
 
     Attributes:
-      by: the output side, "rows" (queries) or "cols" (keys).
+      step: "forward" or "backward".
+      by: the output side, "rows" (queries) or "cols" (keys). A backward by rows writes dq and sums
+        dk and dv over its steps in HBM, by columns the reverse.
       group: query heads of one q block, stacked.
       units, repeats: tables in the list, and heads that share each.
       heads: tables that add to one output row.
@@ -37,6 +40,7 @@ class Call:
 
     inputs: inputs_lib.Inputs
     mask: Any
+    step: str
     by: str
     tile_q: int
     tile_kv: int
@@ -91,15 +95,15 @@ def _divmod(x, by, most):
     return lax.div(x, by), lax.rem(x, by)
 
 
-def plan(inputs: inputs_lib.Inputs, by: str) -> Call:
-    """Tiles, units and work list of one launch."""
+def plan(inputs: inputs_lib.Inputs, step: str) -> Call:
+    """Tiles, units and work list of one launch, "forward" or "backward"."""
     num_heads, num_kv_heads = inputs.q.shape[2], inputs.k.shape[2]
     group = num_heads // num_kv_heads
     mask = inputs.mask
     per_kv_head = mask.tables_of_heads(num_heads).reshape(num_kv_heads, group)
     stacked = bool((per_kv_head == per_kv_head[:, :1]).all()) and group <= _MAX_GROUP
     group_in_block = group if stacked else 1
-    tile_q, tile_kv, parts = _tile(inputs, by, group_in_block)
+    by, tile_q, tile_kv, parts = _tile(inputs, step, group_in_block)
     mask = tpu_steps.at_tiles(mask, tile_q, tile_kv)
     # The fresh mask may number its tables otherwise.
     per_kv_head = mask.tables_of_heads(num_heads).reshape(num_kv_heads, group)
@@ -118,46 +122,55 @@ def plan(inputs: inputs_lib.Inputs, by: str) -> Call:
         mask, tables, by=by, tile_q=tile_q, tile_kv=tile_kv,
         smem_words=tiles.tpu_smem_words(), parts=parts,
     )  # fmt: skip
-    return Call(inputs, mask, by, tile_q, tile_kv, group_in_block, repeats, tables, parts, steps)
+    return Call(
+        inputs, mask, step, by, tile_q, tile_kv, group_in_block, repeats, tables, parts, steps
+    )
 
 
-def _tile(inputs, by, group):
-    """Tokens per tile (queries, keys) and tiles per step.
+def _tile(inputs, step, group):
+    """The output side, tokens per tile (queries, keys) and tiles per step.
 
     The cheapest for a static mask, by its active tiles.
     """
     mask = inputs.mask
+    alone = (inputs.q_segment_ids, inputs.q_positions, inputs.key_bias) == (None,) * 3
+    by = "rows"
+    # A tile of dk and dv in float32 is as large as dq of two heads.
+    if step == "backward" and (group == 1 or inputs.key_bias is not None):
+        by = "cols"
     if mask.bits is not None:
-        return mask.block_q, mask.block_kv, 1  # One set of bits per tile.
+        return by, mask.block_q, mask.block_kv, 1  # One set of bits per tile.
     wide = max(inputs.q.shape[3], inputs.v.shape[3]) > LANES or inputs.q.dtype != jnp.bfloat16
     choices = [
-        (_fit(q, mask.q_len, mask.block_q), _fit(kv, mask.kv_len, mask.block_kv), 1)
-        for q, kv in tiles.tpu_tiles(by=by, group=group, wide=wide)
+        (by, _fit(q, mask.q_len, mask.block_q), _fit(kv, mask.kv_len, mask.block_kv), 1)
+        for q, kv in tiles.tpu_tiles(step=step, group=group, wide=wide)
     ]
-    smallest = choices[-1][:2]
-    alone = (inputs.q_segment_ids, inputs.q_positions, inputs.key_bias) == (None,) * 3
+    smallest = choices[-1][1:3]
     blocks = tpu_steps.at_tiles(mask, *smallest)
     whole = blocks.block_q >= smallest[0] and blocks.block_kv >= smallest[1]
-    if by == "rows" and alone and whole and mask.kv_len > GATHERED * smallest[1]:
-        choices.append((*smallest, GATHERED))
+    if alone and whole and mask.kv_len > GATHERED * smallest[1]:
+        choices.append(("rows", *smallest, GATHERED))
+    choices = list(dict.fromkeys(choices))  # A short sequence fits several alike.
     if mask.is_static:
-        costs = [_cost(mask, *choice, by, group) for choice in choices]
+        costs = [_cost(mask, *choice, step, group) for choice in choices]
         return choices[int(np.argmin(costs))]
     # Run-time lists that may hold every block come from a selection: single blocks, far apart.
     if mask.kv_indices.shape[-1] < mask.num_rows * mask.num_cols:
-        return choices[0]
+        # Documents may be short: fewer queries, at nearly the same cost per pair.
+        return choices[0] if choices[0][1] <= 256 else choices[1]
     block_q, block_kv = max(LANES, mask.block_q), max(LANES, mask.block_kv)
-    fitting = [x for x in choices if x[0] <= block_q and x[1] <= block_kv]
-    if not fitting or fitting[0][:2] == smallest:
+    fitting = [x for x in choices if x[1] <= block_q and x[2] <= block_kv]
+    if not fitting or fitting[0][1:3] == smallest:
         return choices[-1]
     return fitting[0]
 
 
-def _cost(mask, tile_q, tile_kv, parts, by, group):
+def _cost(mask, by, tile_q, tile_kv, parts, step, group):
     steps = tpu_steps.num_tiles(mask, tile_q, tile_kv)
+    rows = mask.num_tables * (mask.q_len / tile_q if by == "rows" else mask.kv_len / tile_kv)
     if parts > 1:  # Half a step per row is empty.
-        steps = steps / parts + 0.5 * mask.num_tables * mask.q_len / tile_q
-    return steps * tiles.tpu_tile_cost(tile_q, tile_kv * parts, by=by, group=group)
+        steps = steps / parts + 0.5 * rows
+    return tiles.tpu_cycles(step)(steps, rows, (tile_q, tile_kv), parts, group)
 
 
 def _fit(tile, length, block):
@@ -222,13 +235,6 @@ def operands_of(call: Call, dout=None, lse=None, delta=None) -> dict[str, Operan
             lambda b, qh, kh, row, col, e: (b, row, qh),
         )
 
-    def kv_side(x):
-        return Operand(
-            _heads_in_lanes(x.astype(dtype), kv_len),
-            (1, tile_kv, lane_dim(x.shape[3])),
-            lambda b, qh, kh, row, col, e: (b, col, kh),
-        )
-
     def per_query(x, pad):
         """[B, T, N] float32 -> [B, heads / group, group, T]."""
         x = jnp.pad(
@@ -253,16 +259,21 @@ def operands_of(call: Call, dout=None, lse=None, delta=None) -> dict[str, Operan
     poison = jnp.nan if dout is None else 0
     k = jnp.where(finite[..., None], inputs.k, poison)
     v = jnp.where(finite[..., None], inputs.v, 0)
-    result = {"q": q_side(inputs.q), "k": kv_side(k), "v": kv_side(v)}
-    for part in range(1, call.parts):
-        for name in ("k", "v"):
-            result[f"{name}{part}"] = dataclasses.replace(result[name], part=part)
+    # Side by side, k in whole lanes: one copy per step and part. They are rewritten here anyway.
+    k = jnp.pad(k, ((0, 0), (0, 0), (0, 0), (0, -k.shape[3] % LANES)))
+    kv = _heads_in_lanes(jnp.concatenate([k, v], -1).astype(dtype), kv_len)
+    block = (1, tile_kv, kv.shape[2] // k.shape[2])
+    result = {"q": q_side(inputs.q)}
+    for part in range(call.parts):
+        result[f"kv{part}"] = Operand(
+            kv, block, lambda b, qh, kh, row, col, e: (b, col, kh), part=part
+        )
     if dout is not None:
         empty = lse == -jnp.inf
         # Rows that see nothing may hold anything: 0 * nan is nan.
         result["q"] = q_side(jnp.where(empty[..., None], 0, inputs.q))
         result["dout"] = q_side(dout)
-        result["lse"] = per_query(jnp.where(empty, _NOTHING, lse), _NOTHING)
+        result["lse"] = per_query(jnp.where(empty, _NOTHING, lse * LOG2E), _NOTHING)
         result["delta"] = per_query(delta, 0)
     if inputs.q_segment_ids is not None:
         result["q_ids"] = tokens(inputs.q_segment_ids, q_len, tile_q, 3)
@@ -311,9 +322,9 @@ def launch(
         slot_at = list(lists).index("slots")
         bits = jnp.asarray(mask.bits).reshape(-1, *mask.bits.shape[3:]).astype(jnp.int8)
         operands["bits"] = Operand(bits, (1, *bits.shape[1:]), None)
-    shared = {}
+    tables = {}
     if len(mask.rules) > 1:
-        shared["rule_of"] = call.tables.reshape(-1).astype(np.int32)
+        tables["rule_of"] = call.tables.reshape(-1).astype(np.int32)
         scratch = {**scratch, "visible": pltpu.VMEM(mask_shape(call), jnp.int32)}
 
     def spec(operand):
@@ -326,10 +337,14 @@ def launch(
             lambda ib, ih, t, *refs: operand.at(*call.place(ib, ih, t, *refs, part=operand.part)),
         )
 
+    # Query heads of one KV head that add to its dk and dv one by one must stay on one core.
+    shared = call.step == "backward" and call.by == "rows"
+    shared = shared and call.group < inputs_lib.group_size(inputs)
+    heads = "arbitrary" if shared else "parallel"
     chunks = len(steps.totals)
     kept = [x for x, o in outputs.items() if chunks > 1 or o.memory is not None]
-    names = [*lists, *shared, *operands, *(f"{x}_before" for x in kept), *outputs, *scratch]
-    num_prefetch = len(lists) + len(shared)
+    names = [*lists, *tables, *operands, *(f"{x}_before" for x in kept), *outputs, *scratch]
+    num_prefetch = len(lists) + len(tables)
     first_kept = num_prefetch + len(operands)
 
     def body(*refs):
@@ -351,11 +366,11 @@ def launch(
                 first_kept + i: list(outputs).index(name) for i, name in enumerate(kept)
             },
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary"),
+                dimension_semantics=("parallel", heads, "arbitrary"),
                 vmem_limit_bytes=tiles.tpu_vmem_bytes(),
             ),
             name=f"block_sparse_{kernel.func.__name__.strip('_')}",
-        )(*lists, *shared.values(), *(x.array for x in operands.values()), *before)
+        )(*lists, *tables.values(), *(x.array for x in operands.values()), *before)
 
     before = [jnp.zeros(outputs[x].array.shape, outputs[x].array.dtype) for x in kept]
     if chunks == 1:
@@ -371,9 +386,9 @@ def launch(
 
 
 def mask_shape(call):
-    """Element mask of a tile: queries lead by rows, keys by columns."""
+    """Element mask of a tile: queries lead in the forward kernel, keys in the backward ones."""
     shape = (call.tile_q, call.tile_kv)
-    return shape if call.by == "rows" else shape[::-1]
+    return shape if call.step == "forward" else shape[::-1]
 
 
 def is_plain(inputs):

@@ -15,8 +15,9 @@ import numpy as np
 from sparse_attn.masks import block_mask, lower
 from sparse_attn.patterns import base
 
-# Low bits of `inner`: state of the tile, and whether it opens or closes its output row.
-STATE, FIRST, LAST, SHIFT = 3, 4, 8, 4
+# Low bits of `inner`: state of the tile, whether it opens or closes its output row, and whether its
+# step meets a tile of the step before it (then a sum over steps must wait for the one before).
+STATE, FIRST, LAST, AGAIN, SHIFT = 3, 4, 8, 16, 5
 _PER_WORD = 16  # States of 2 bits in a word.
 
 
@@ -26,8 +27,8 @@ class Steps:
 
     Attributes:
       outer: int32 `[C, L]`: output row, `((mask * units + unit) * num_outer + tile)`.
-      inner: int32 `[C, L * parts]`: `(head * num_inner + tile) << SHIFT | flags`, see STATE, FIRST,
-        LAST. A step computes `parts` tiles of one output row, far apart or not.
+      inner: int32 `[C, L * parts]`: `(head * num_inner + tile) << SHIFT | flags`, see STATE and
+        the next lines. A step computes `parts` tiles of one output row, far apart or not.
       words: int32 `[C, L * num_words]` states of the blocks of a tile, or None (one block each).
       slots: int32 `[C, L]` index of the tile's bits, or None.
       totals: int32 `[C]` steps of each chunk; the rest of its list is filler.
@@ -319,12 +320,17 @@ def _traced_lists(mask, layout):
                 jnp.where(filled, layout.num_outer, rows) * width,
             ]
         )
-        # One key and few payloads: what a sort costs to compile and to run.
+        # As few arrays as possible, one where all fits into 31 bits: that decides how long a sort
+        # takes to compile, and to run.
         payload = jnp.pad(position << 2 | state, (0, layout.num_outer))
-        payloads = (payload,)
+        most = 4 * layout.blocks_q * layout.blocks_kv
         if layout.has_bits:
-            payloads = (payload, jnp.pad(slot, (0, layout.num_outer)))
-        key, payload, *slots = jax.lax.sort((key, *payloads), num_keys=1, is_stable=False)
+            slot = jnp.pad(slot, (0, layout.num_outer))
+            key, payload, slot = jax.lax.sort((key, payload, slot), num_keys=1, is_stable=False)
+        elif ((layout.num_outer + 1) * width) * most <= np.iinfo(np.int32).max:
+            key, payload = jnp.divmod(jax.lax.sort(key * most + payload, is_stable=False), most)
+        else:
+            key, payload = jax.lax.sort((key, payload), num_keys=1, is_stable=False)
         state, position = payload & 3, payload >> 2
         listed = key < layout.num_outer * width
         new = listed & (jnp.concatenate([jnp.full(1, -1), key[:-1]]) != key)
@@ -342,7 +348,7 @@ def _traced_lists(mask, layout):
             words = words.at[place].add(state << (2 * (position % _PER_WORD)), mode="drop")
         outer, inner = jnp.divmod(gather(key), width)
         some = gather(state) > 0
-        slot = gather(slots[0]) if layout.has_bits else jnp.zeros(capacity, jnp.int32)
+        slot = gather(slot) if layout.has_bits else jnp.zeros(capacity, jnp.int32)
         state = layout.tile_state(jnp, outer, inner % layout.num_inner, full, some)
         return outer, inner, state, words, slot, new.sum()
 
@@ -379,6 +385,17 @@ def _fill_rows(xp, outer, inner, state, num_rows, parts):
     return row, inner[source], xp.where(offset < counts[at], state[source], 0)
 
 
+def _meets_step_before(xp, inner, state, parts):
+    """By entry: may its step list a tile that the last step with any tiles lists too?
+
+    True also where the step before has none: what the one before that writes may be under way.
+    """
+    tile = xp.where(state > 0, inner, -1).reshape(-1, parts)
+    before = xp.concatenate([np.full((1, parts), -1), tile[:-1]])
+    meets = (tile[:, :, None] == before[:, None, :]) & (tile >= 0)[:, :, None]
+    return xp.repeat(meets.any((1, 2)) | (before < 0).all(1), parts)
+
+
 def _chunk(lists, num_rows, layout, smem_words, parts):
     """Cuts a flat list at output rows into chunks that fit into SMEM, and sets the flags."""
     outer, inner, state, words, slot, total = lists
@@ -392,7 +409,8 @@ def _chunk(lists, num_rows, layout, smem_words, parts):
     edge = outer[1:] != outer[:-1]
     one = np.ones(1, bool)
     first, last = xp.concatenate([one, edge]), xp.concatenate([edge, one])
-    inner = inner << SHIFT | state | xp.where(first, FIRST, 0) | xp.where(last, LAST, 0)
+    again = xp.where(_meets_step_before(xp, inner, state, parts), AGAIN, 0)
+    inner = inner << SHIFT | state | again | xp.where(first, FIRST, 0) | xp.where(last, LAST, 0)
     per_step = 2 + layout.num_words + layout.has_bits
     limit = smem_words // per_step
     row_starts = xp.searchsorted(outer, np.arange(num_rows + 1), side="left")
