@@ -64,6 +64,11 @@ def base_config() -> ml_collections.ConfigDict:
     config.model.remat = "none"  # or "block", "dots"
     config.model.impl = config_dict.placeholder(str)  # backend of `attend`
 
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.axes = "data=1"  # devices along data, fsdp, seq and tensor; -1 = those left over
+    config.mesh.sequence = "ring"  # scheme[:order of tokens] of the seq axis
+    config.mesh.rules = config_dict.placeholder(tuple)  # (path, axes) of parameters; None = usual
+
     config.optim = ml_collections.ConfigDict()
     config.optim.lr = 3e-3
     config.optim.warmup_steps = 20
@@ -72,6 +77,7 @@ def base_config() -> ml_collections.ConfigDict:
     config.optim.b2 = 0.95
     config.optim.clip_norm = 1.0
     config.optim.grad_accum = 1  # micro-batches per step
+    config.optim.skip_spikes = config_dict.placeholder(float)  # standard deviations; None = off
 
     config.train = ml_collections.ConfigDict()
     config.train.steps = 1000
@@ -80,6 +86,7 @@ def base_config() -> ml_collections.ConfigDict:
     config.train.eval_batches = 16
     config.train.checkpoint_every = 200
     config.train.keep = 2  # newest checkpoints
+    config.train.hang_seconds = 900.0  # without progress until the stacks are written
 
     config.sample = ml_collections.ConfigDict()
     config.sample.prompt = "The "

@@ -12,17 +12,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import common, quickstart
-from sparse_attn.data import tokenizer
+from configs import common, quickstart, vit
+from sparse_attn.data import images, tokenizer
 from sparse_attn.launch import units
-from sparse_attn.train import config_check
-from sparse_attn.train import main as main_lib
+from sparse_attn.train import config_check, tasks
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 FILES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "common")
 # The arguments of a config file that get a golden dump, besides none.
-ARGUMENTS = {"quickstart": (*quickstart.PATTERNS, *(f"{v},tiny" for v in quickstart.PATTERNS))}
+ARGUMENTS = {
+    "quickstart": (*quickstart.PATTERNS, *(f"{v},tiny" for v in quickstart.PATTERNS)),
+    "vit": (*vit.COMPARED, "swin,moving_digits", "maxvit,fashion_mnist", "vil,tiny"),
+}
 CASES = [(file, argument) for file in FILES for argument in ("", *ARGUMENTS.get(file, ()))]
 
 
@@ -33,9 +35,10 @@ def load(file: str, argument: str = ""):
 
 def shapes(config):
     """Shapes of parameters and logits, without computing anything."""
-    model = main_lib.build_model(config.model.to_dict(), vocab_size=tokenizer.VOCAB_SIZE)
-    tokens = jax.ShapeDtypeStruct((config.data.batch_size, config.data.context), jnp.int32)
-    return jax.eval_shape(model.init_with_output, jax.random.key(0), tokens)
+    task = tasks.of(config.to_dict())
+    one = task.inputs
+    batch = jax.ShapeDtypeStruct((config.data.batch_size, *one.shape[1:]), one.dtype)
+    return jax.eval_shape(task.model.init_with_output, jax.random.key(0), batch)
 
 
 def dump(config) -> str:
@@ -71,7 +74,11 @@ def test_every_golden_file_has_a_config():
 def test_model_gives_logits_for_the_batch(file, argument):
     config = load(file, argument)
     logits, _ = shapes(config)
-    assert logits.shape == (*(config.data.batch_size, config.data.context, tokenizer.VOCAB_SIZE),)
+    if config.get("task") == "images":
+        row = (images.source(config.data.name).num_classes,)
+    else:
+        row = (config.data.context, tokenizer.VOCAB_SIZE)
+    assert logits.shape == (config.data.batch_size, *row)
     assert logits.dtype == jnp.float32
 
 
@@ -90,7 +97,7 @@ def test_every_sweep_expands_and_builds(file):
         for unit in work:
             config = config_check.load(path)
             units.apply(config, dict(unit.overrides))
-            main_lib.build_model(config.model.to_dict(), vocab_size=tokenizer.VOCAB_SIZE)
+            tasks.of(config.to_dict())
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -104,7 +111,7 @@ def test_quickstart_is_five_causal_patterns_and_nothing_else_differs():
     for point in points:
         variant = quickstart.get_config(point["name"])
         assert variant.model.pattern == point["model.pattern"]
-        model = main_lib.build_model(variant.model.to_dict(), vocab_size=8)
+        model = tasks.build_model(variant.model.to_dict(), vocab_size=8)
         assert model.config.pattern.causal
     assert quickstart.get_config().train.steps >= 150
 

@@ -29,6 +29,7 @@ class WorkUnit:
     config_spec: str  # what follows --config=
     overrides: tuple[tuple[str, Any], ...]
     folder: str  # the run folder, <workdir>/<id>
+    flags: tuple[str, ...] = ()  # more flags, which change nothing about the result
 
     def command(self, python: str = "python") -> list[str]:
         """The argument list that starts this run.
@@ -41,6 +42,7 @@ class WorkUnit:
             *(python, "-m", MODULE, f"--config={self.config_spec}"),
             *(f"--config.{key}={_flag_text(value)}" for key, value in self.overrides),
             f"--workdir={self.folder}",
+            *self.flags,
         ]
 
 
@@ -51,6 +53,7 @@ def expand(
     config_spec: str,
     workdir: str,
     given: Mapping[str, Any] | None = None,
+    flags: Iterable[str] = (),
 ) -> tuple[WorkUnit, ...]:
     """Turns the points of a sweep into work units; the same input gives the same units.
 
@@ -60,6 +63,7 @@ def expand(
       config_spec: the config file, with its variant, as given to `--config`.
       workdir: folder that holds one run folder per unit.
       given: overrides from the command line, applied to every unit.
+      flags: more flags of every unit's command, such as `--profile=10:12`.
 
     Raises:
       ValueError: an override names no field or has a wrong type, a point sets what the command
@@ -85,6 +89,7 @@ def expand(
                 config_spec=config_spec,
                 overrides=tuple(overrides.items()),
                 folder=os.path.join(workdir, f"{i:03d}-{digest}"),
+                flags=tuple(flags),
             )
         )
     if not units:

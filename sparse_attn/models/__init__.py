@@ -7,5 +7,12 @@
 
 from sparse_attn.models.attention import SelfAttention
 from sparse_attn.models.transformer import Transformer, TransformerConfig
+from sparse_attn.models.vit import VisionTransformer, VisionTransformerConfig
 
-__all__ = ["SelfAttention", "Transformer", "TransformerConfig"]
+__all__ = [
+    "SelfAttention",
+    "Transformer",
+    "TransformerConfig",
+    "VisionTransformer",
+    "VisionTransformerConfig",
+]

@@ -1,5 +1,6 @@
 """Multi-head self-attention with rotary positions over any pattern."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from sparse_attn.masks import lower
-from sparse_attn.ops import attend as attend_lib
+from sparse_attn.ops import pooled
+from sparse_attn.parallel import attention as parallel_lib
 from sparse_attn.patterns import per_head
+from sparse_attn.selection import base as selection_base
 
 SINK_LOGITS = (None, "learned")
 
@@ -47,14 +50,18 @@ class SelfAttention(nn.Module):
     """Self-attention [arXiv:1706.03762, sec. 3.2] with rotary positions and grouped KV heads.
 
     Parameters (float32): `query/kernel [D, N, H]`, `key/kernel` and `value/kernel [D, K, H]`,
-    `out/kernel [N, H, D]`, and `sink_logits [N]` when they are learned.
+    `out/kernel [N, H, D]`, `sink_logits [N]` when they are learned, and what a selector trains.
 
     Attributes:
       num_heads, num_kv_heads, head_dim: N, K (which divides N) and H.
       pattern: what is visible: a `Pattern`, a `PerHead`, or anything else `attend` takes as mask.
+        Heads with a pattern of coarser keys (`cross_grid`) see averages of keys and values. A
+        `Selector` chooses from the rotated queries and keys.
       block: tokens per block of the mask, along queries and keys; None = `attend` chooses. Smaller
-        blocks follow a fine pattern more closely, larger ones suit the matrix units.
+        blocks follow a fine pattern more closely, larger ones suit the matrix units. A selector has
+        blocks of its own, whatever this says.
       impl: backend of `attend`, or None for the best one here.
+      tokens: how a row is split over the `seq` axis of the mesh, where there is one.
       dtype: of the computation.
       rope_base: slowest rotation, in positions; None = no rotary positions.
       logits_soft_cap: see `attend`; None = off.
@@ -77,6 +84,7 @@ class SelfAttention(nn.Module):
     pattern: Any
     block: int | None = None
     impl: str | None = None
+    tokens: parallel_lib.Tokens = parallel_lib.Tokens()
     dtype: Any = jnp.float32
     rope_base: float | None = 10_000.0
     logits_soft_cap: float | None = None
@@ -115,12 +123,19 @@ class SelfAttention(nn.Module):
         sinks_N = None
         if self.sink_logits == "learned":
             sinks_N = self.param("sink_logits", nn.initializers.zeros, (self.num_heads,))
-        out_BTNH = attend_lib.attend(
+        if pooled.is_pooled(self.pattern):
+            if segment_ids is not None:
+                raise ValueError(f"segment_ids must be None for pooled keys, {self.pattern!r}")
+            attend = functools.partial(pooled.attend_pooled, mask=self.pattern, block=self.block)
+        else:
+            mask = self._mask(q_BTNH, k_BTKH, segment_ids)
+            attend = functools.partial(
+                parallel_lib.attend, mask=mask, segment_ids=segment_ids, tokens=self.tokens
+            )
+        out_BTNH = attend(
             q_BTNH,
             k_BTKH,
             v_BTKH,
-            mask=self._mask(x_BTD.shape[1]),
-            segment_ids=segment_ids,
             logits_soft_cap=self.logits_soft_cap,
             sink_logits=sinks_N,
             impl=self.impl,
@@ -134,10 +149,16 @@ class SelfAttention(nn.Module):
             name="out",
         )(out_BTNH)
 
-    def _mask(self, length: int):
+    def _mask(self, q_BTNH, k_BTKH, segment_ids):
+        pattern, length = self.pattern, q_BTNH.shape[1]
+        if isinstance(pattern, selection_base.Selector):
+            start = pattern.params_like(self.num_heads, self.num_kv_heads, self.head_dim)
+            params = {
+                name: self.param(name, lambda _, x=x: jnp.asarray(x)) for name, x in start.items()
+            }
+            return pattern.select(q_BTNH, k_BTKH, segment_ids=segment_ids, params=params)
         if self.block is None:
-            return self.pattern
-        pattern = self.pattern
+            return pattern
         if isinstance(pattern, per_head.PerHead):
             pattern = pattern.for_heads(self.num_heads)
         return lower.lower(pattern, q_len=length, block_q=self.block, block_kv=self.block)

@@ -10,7 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from sparse_attn.models import attention
+from sparse_attn.parallel import attention as parallel_lib
+from sparse_attn.parallel import mesh
 from sparse_attn.patterns import base, causal, per_head, per_layer
+from sparse_attn.selection import base as selection_base
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # What the backward pass finds in memory: everything, only what enters a block, or also the results
@@ -18,22 +21,24 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 REMAT = {"none": None, "block": None, "dots": jax.checkpoint_policies.dots_saveable}
 LAYER_LOOPS = ("scan", "unroll")
 
-Schedule = base.Pattern | per_head.PerHead | per_layer.PerLayer
+Layer = base.Pattern | per_head.PerHead | selection_base.Selector
+Schedule = Layer | per_layer.PerLayer
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """The shape of a `Transformer`; hashable, so a model is static under jit.
+class LayersConfig:
+    """The shape of a stack of layers; hashable, so a model is static under jit.
 
     Attributes:
-      vocab_size: V, tokens.
       num_layers: L.
       embed_dim: D, the width of the residual stream.
       num_heads, num_kv_heads, head_dim: N, K (None = N), H (None = D // N).
       mlp_dim: F, width of the gated MLP; None = 8/3 D, rounded up to a multiple of 32.
-      pattern: one `Pattern` or `PerHead` for all layers, or a `PerLayer` schedule.
-      block: tokens per block of the attention masks; None = `attend` chooses.
+      pattern: one `Pattern`, `PerHead` or `Selector` for all layers, or a `PerLayer` schedule.
+      block: tokens per block of the attention masks; None = `attend` chooses. Selectors have
+        blocks of their own.
       impl: backend of `attend`; None = the best one on the device.
+      tokens: see `parallel.attention.Tokens`; with an order, rows and positions come in it.
       dtype: of the computation, "float32" or "bfloat16". Parameters, softmax statistics, norms
         and logits are float32 always.
       remat: "none" keeps all activations for the backward pass; "block" recomputes each block
@@ -42,16 +47,14 @@ class TransformerConfig:
       layer_loop: "scan" compiles one copy of the repeating part of the schedule: one layer, or
         one cycle of a `PerLayer`. "unroll" compiles all layers one after another.
       rope_base: see `SelfAttention`.
-      attention_soft_cap, logits_soft_cap: `cap * tanh(x / cap)` on attention logits and on
-        output logits [arXiv:2408.00118, sec. 2]; None = off.
+      attention_soft_cap: `cap * tanh(x / cap)` on attention logits [arXiv:2408.00118, sec. 2];
+        None = off.
       sink_logits: None or "learned", see `SelfAttention`.
-      output: "tied" uses the embedding as output matrix, "untied" has its own.
 
     Raises:
       ValueError: a size is not positive, heads do not divide, or a choice is unknown.
     """
 
-    vocab_size: int
     num_layers: int = 4
     embed_dim: int = 128
     num_heads: int = 4
@@ -61,21 +64,19 @@ class TransformerConfig:
     pattern: Any = dataclasses.field(default_factory=causal.Causal)
     block: int | None = None
     impl: str | None = None
+    tokens: parallel_lib.Tokens = dataclasses.field(default_factory=parallel_lib.Tokens)
     dtype: str = "float32"
     remat: str = "none"
     layer_loop: str = "scan"
     rope_base: float | None = 10_000.0
     attention_soft_cap: float | None = None
-    logits_soft_cap: float | None = None
     sink_logits: str | None = None
-    output: str = "tied"
 
     def __post_init__(self):
         if self.num_kv_heads is None:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
-        for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be >= 1")
+        for name in ("num_layers", "embed_dim", "num_heads", "num_kv_heads"):
+            self._check_positive(name)
         if self.head_dim is None:
             if self.embed_dim % self.num_heads:
                 raise ValueError(
@@ -92,18 +93,31 @@ class TransformerConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even")
         if not isinstance(self.pattern, Schedule):
-            raise ValueError(f"pattern={self.pattern!r} must be a Pattern, PerHead or PerLayer")
-        for name, allowed in (
-            ("dtype", DTYPES),
-            ("remat", REMAT),
-            ("layer_loop", LAYER_LOOPS),
-            ("sink_logits", attention.SINK_LOGITS),
-            ("output", ("tied", "untied")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {tuple(allowed)}")
+            raise ValueError(
+                f"pattern={self.pattern!r} must be a Pattern, PerHead, Selector or PerLayer"
+            )
+        selectors = {p for p in self.layer_patterns() if isinstance(p, selection_base.Selector)}
+        sizes = self.num_heads, self.num_kv_heads, self.head_dim
+        trained = [x for x in selectors if x.params_like(*sizes)]
+        if trained and set(self.layer_patterns()) != set(trained[:1]):
+            raise ValueError(
+                f"pattern: all layers must have {trained[0].expression()}, as their parameters are "
+                "stacked"
+            )
+        self._check_choice("dtype", DTYPES)
+        self._check_choice("remat", REMAT)
+        self._check_choice("layer_loop", LAYER_LOOPS)
+        self._check_choice("sink_logits", attention.SINK_LOGITS)
 
-    def layer_patterns(self) -> tuple[base.Pattern | per_head.PerHead, ...]:
+    def _check_positive(self, name):
+        if getattr(self, name) < 1:
+            raise ValueError(f"{name}={getattr(self, name)} must be >= 1")
+
+    def _check_choice(self, name, allowed):
+        if getattr(self, name) not in allowed:
+            raise ValueError(f"{name}={getattr(self, name)!r} must be one of {tuple(allowed)}")
+
+    def layer_patterns(self) -> tuple[Layer, ...]:
         """The pattern of each layer.
 
         >>> from sparse_attn.patterns import local
@@ -116,7 +130,7 @@ class TransformerConfig:
             return tuple(self.pattern.for_layer(i) for i in range(self.num_layers))
         return (self.pattern,) * self.num_layers
 
-    def cycle(self) -> tuple[base.Pattern | per_head.PerHead, ...]:
+    def cycle(self) -> tuple[Layer, ...]:
         """The shortest run of layer patterns that, repeated, is the schedule.
 
         >>> TransformerConfig(vocab_size=256, num_layers=3).cycle()
@@ -125,6 +139,29 @@ class TransformerConfig:
         layers = self.layer_patterns()
         lengths = (n for n in range(1, len(layers) + 1) if len(layers) % n == 0)
         return next(layers[:n] for n in lengths if layers[:n] * (len(layers) // n) == layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig(LayersConfig):
+    """The shape of a `Transformer`: its layers, its vocabulary and its output.
+
+    Attributes:
+      vocab_size: V, tokens.
+      logits_soft_cap: as `attention_soft_cap`, on output logits; None = off.
+      output: "tied" uses the embedding as output matrix, "untied" has its own.
+
+    Raises:
+      ValueError: as `LayersConfig`.
+    """
+
+    vocab_size: int = dataclasses.field(kw_only=True)
+    logits_soft_cap: float | None = None
+    output: str = "tied"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_positive("vocab_size")
+        self._check_choice("output", ("tied", "untied"))
 
 
 class RMSNorm(nn.Module):
@@ -167,7 +204,7 @@ class GatedMLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP, each added to the residual stream; the body of a scan."""
 
-    config: TransformerConfig
+    config: LayersConfig
     pattern: Any
 
     @nn.compact
@@ -175,6 +212,7 @@ class Block(nn.Module):
         c, dtype = self.config, DTYPES[self.config.dtype]
         # Each block adds two branches: with this factor their sum over depth keeps the size of one.
         out_scale = (2 * c.num_layers) ** -0.5
+        x_BTD = mesh.shard(x_BTD, "batch", "length", None)
         x_BTD = x_BTD + attention.SelfAttention(
             num_heads=c.num_heads,
             num_kv_heads=c.num_kv_heads,
@@ -182,6 +220,7 @@ class Block(nn.Module):
             pattern=self.pattern,
             block=c.block,
             impl=c.impl,
+            tokens=c.tokens,
             dtype=dtype,
             rope_base=c.rope_base,
             logits_soft_cap=c.attention_soft_cap,
@@ -201,7 +240,7 @@ class Cycle(nn.Module):
     """Blocks `block_0` ... of one cycle of the schedule, one after another; the body of a scan."""
 
     block: Any
-    config: TransformerConfig
+    config: LayersConfig
     patterns: tuple[Any, ...]
 
     @nn.compact
@@ -258,15 +297,18 @@ class Transformer(nn.Module):
         """
         c, dtype = self.config, DTYPES[self.config.dtype]
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+            places_T = jnp.asarray(c.tokens.places(tokens_BT.shape[1]))
+            positions = jnp.broadcast_to(places_T, tokens_BT.shape)
         # The logit of a token that still stands in its own residual stream starts at std * D at
         # most: 3 is small against log(V), so a tied output begins near a uniform guess.
         init = nn.initializers.normal(min(0.02, 3 / c.embed_dim))
         embedding_VD = self.param("embedding", init, (c.vocab_size, c.embed_dim))
-        x_BTD = embedding_VD.astype(dtype)[tokens_BT] * c.embed_dim**0.5
-        x_BTD = self._layers(x_BTD, positions, segment_ids)
+        # Gathered from where its parts lie before it is looked into, not token by token after.
+        table_VD = mesh.shard(embedding_VD.astype(dtype), None, None)
+        x_BTD = table_VD[tokens_BT] * c.embed_dim**0.5
+        x_BTD = apply_layers(self, x_BTD, positions, segment_ids)
         x_BTD = RMSNorm(dtype, name="final_norm")(x_BTD)
-        output_VD = embedding_VD
+        output_VD = table_VD
         if c.output == "untied":
             output_VD = self.param("output", init, (c.vocab_size, c.embed_dim))
         logits_BTV = jnp.einsum(
@@ -276,34 +318,44 @@ class Transformer(nn.Module):
             logits_BTV = c.logits_soft_cap * jnp.tanh(logits_BTV / c.logits_soft_cap)
         return logits_BTV
 
-    def _layers(self, x_BTD, positions_BT, segment_ids_BT):
-        c = self.config
-        # The parameters are made by a scan over single layers, whatever the schedule.
-        init = self.is_initializing()
-        cycle = c.layer_patterns() if c.layer_loop == "unroll" else c.cycle()
-        cycle = c.layer_patterns()[:1] if init else cycle
-        repeats = c.num_layers // len(cycle)
-        scanned = init or repeats > 1
-        scan = functools.partial(
-            nn.scan,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=repeats,
-        )
-        block = Block
-        if c.remat != "none" and not init:
-            # Inside a scan the compiler cannot merge the recomputation with the forward pass.
-            block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=not scanned)
-        if scanned and len(cycle) == 1:
-            layers = scan(block)(c, cycle[0], name="layers")
-        else:
-            layers = nn.map_variables(
-                scan(Cycle) if scanned else Cycle,
-                "params",
-                functools.partial(_to_cycles, size=len(cycle), scanned=scanned),
-            )(block, c, cycle, name="layers")
-        return layers(x_BTD, positions_BT, segment_ids_BT)[0]
+
+def apply_layers(
+    model: nn.Module,
+    x_BTD: Float[Array, "B T D"],
+    positions_BT: Int[Array, "B T"],
+    segment_ids_BT: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T D"]:
+    """Runs the layers of `model.config` (a `LayersConfig`), inside the model's `@nn.compact` call.
+
+    Their parameters are `layers/...` of the model, stacked, as in `Transformer`.
+    """
+    c = model.config
+    # The parameters are made by a scan over single layers, whatever the schedule.
+    init = model.is_initializing()
+    cycle = c.layer_patterns() if c.layer_loop == "unroll" else c.cycle()
+    cycle = c.layer_patterns()[:1] if init else cycle
+    repeats = c.num_layers // len(cycle)
+    scanned = init or repeats > 1
+    scan = functools.partial(
+        nn.scan,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=repeats,
+    )
+    block = Block
+    if c.remat != "none" and not init:
+        # Inside a scan the compiler cannot merge the recomputation with the forward pass.
+        block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=not scanned)
+    if scanned and len(cycle) == 1:
+        layers = scan(block)(c, cycle[0], name="layers")
+    else:
+        layers = nn.map_variables(
+            scan(Cycle) if scanned else Cycle,
+            "params",
+            functools.partial(_to_cycles, size=len(cycle), scanned=scanned),
+        )(block, c, cycle, name="layers")
+    return layers(x_BTD, positions_BT, segment_ids_BT)[0]
 
 
 def _to_cycles(variables: PyTree, *, size: int, scanned: bool) -> PyTree:

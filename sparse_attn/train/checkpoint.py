@@ -1,9 +1,10 @@
 """Checkpoints: everything a run needs to go on, saved as one atomic step and verified on restore.
 
 All Orbax calls of the package are in this file. A step holds the state's arrays and one JSON
-document: the data iterator's state, whatever the caller adds, and per array its shape, dtype and a
-digest. Orbax renames a step into place only when it is complete; the digests find what happens to
-its files later, which Orbax does not (a flipped bit restores as another number).
+document: the data iterator's state, whatever the caller adds, and per array its shape, dtype,
+digest and whether it is finite. Orbax renames a step into place only when it is complete; the
+digests find what happens to its files later, which Orbax does not (a flipped bit restores as
+another number).
 """
 
 import contextlib
@@ -17,14 +18,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
+from sparse_attn.train import digests
+
 _LOG = logging.getLogger(__name__)
-_FORMAT = 1
+_FORMAT = 2
 _REJECTED = "rejected"  # Folder that rejected steps are moved to once an older one is restored.
 
 
@@ -117,9 +119,9 @@ class Checkpoints:
           FloatingPointError: an array holds NaN or infinity; nothing is saved.
           ValueError: `data_state` or `extra` is not JSON.
         """
-        arrays = _named_arrays(state)
-        digests, finite = _digests(arrays)
-        bad = [name for name, ok in finite.items() if not ok]
+        arrays = digests.named(state)
+        checks = digests.of(arrays)
+        bad = [name for name, check in checks.items() if not check["finite"]]
         if bad:
             raise FloatingPointError(f"step {step} is not saved: not finite: {', '.join(bad)}")
         meta = {
@@ -127,7 +129,7 @@ class Checkpoints:
             "step": step,
             "metric": metric,
             "arrays": {
-                name: {"shape": list(x.shape), "dtype": str(x.dtype), "digest": digests[name]}
+                name: {"shape": list(x.shape), "dtype": str(x.dtype), **checks[name]}
                 for name, x in arrays.items()
             },
             "data_state": data_state,
@@ -263,16 +265,17 @@ def _restore_step(manager: ocp.CheckpointManager, step: int, template: PyTree | 
             for name, x in saved.items()
         }
     else:
-        wanted = {name: _abstract(x) for name, x in _named_arrays(template).items()}
+        wanted = {name: _abstract(x) for name, x in digests.named(template).items()}
         _check_fit(saved, wanted)
     nested = manager.restore(
         step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_nest(wanted)))
     )["state"]
-    arrays = _named_arrays(nested)
-    digests, _ = _digests(arrays)
-    damaged = [name for name in saved if digests.get(name) != saved[name]["digest"]]
-    if damaged:
-        raise ValueError(f"content differs from its digest: {', '.join(damaged)}")
+    arrays = digests.named(nested)
+    for name, check in digests.of(arrays).items():
+        if check["digest"] != saved[name]["digest"]:
+            raise ValueError(f"content of {name} differs from its digest")
+        if not (check["finite"] and saved[name]["finite"]):
+            raise ValueError(f"{name} is not finite")
     state = nested if template is None else _like(template, arrays)
     return Restored(step, state, meta["data_state"], meta["extra"])
 
@@ -307,27 +310,15 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def _is_key(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _named_arrays(tree: PyTree) -> dict[str, Any]:
-    """Leaves by path, such as `params/embedding`; typed keys as the numbers they consist of."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): jax.random.key_data(x)
-        if _is_key(x)
-        else x
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
 def _like(template: PyTree, arrays: Mapping[str, Any]) -> PyTree:
     """The arrays in the structure of `template`."""
     leaves = [
-        jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array
+        jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
+        if digests.is_key(leaf)
+        else array
         for leaf, array in zip(
             jax.tree.leaves(template),
-            (arrays[name] for name in _named_arrays(template)),
+            (arrays[name] for name in digests.named(template)),
             strict=True,
         )
     ]
@@ -343,44 +334,6 @@ def _nest(arrays: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[last] = x
     return nested
-
-
-def _digests(arrays: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, bool]]:
-    """Digest and finiteness of each array, computed where it lies, whole or sharded."""
-    names = list(arrays)
-    digests, finite = jax.device_get(_device_digests([jnp.asarray(x) for x in arrays.values()]))
-    return (
-        {n: f"{a:08x}{b:08x}" for n, (a, b) in zip(names, np.asarray(digests), strict=True)},
-        dict(zip(names, np.asarray(finite).tolist(), strict=True)),
-    )
-
-
-@jax.jit
-def _device_digests(arrays):
-    """uint32 `[n, 2]` digests and bool `[n]` finite flags.
-
-    Two sums modulo 2**32 of the bits, each element times an odd number that depends on its place.
-    Odd numbers are invertible, so one changed element always shows; integer sums do not depend on
-    their order, so neither do digests on how an array is sharded.
-    """
-
-    def digest(x):
-        unsigned = jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")
-        bits = x.astype(jnp.uint8) if x.dtype == bool else jax.lax.bitcast_convert_type(x, unsigned)
-        bits = bits.astype(jnp.uint32)
-        place = jnp.zeros(bits.shape, jnp.uint32)
-        for axis, size in enumerate(bits.shape):
-            place = place * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(
-                jnp.uint32, bits.shape, axis
-            )
-        mixed = (place ^ (place >> 15)) * np.uint32(0x9E3779B1)
-        weights = (2 * place + 1, (mixed ^ (mixed >> 13)) | 1)
-        return jnp.stack([(bits * w).sum(dtype=jnp.uint32) for w in weights])
-
-    def finite(x):
-        return jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.floating) else jnp.array(True)
-
-    return jnp.stack([digest(x) for x in arrays]), jnp.stack([finite(x) for x in arrays])
 
 
 def _json_digest(meta: Mapping[str, Any]) -> str:

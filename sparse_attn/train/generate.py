@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from sparse_attn.parallel import mesh
+
 _ROUND = 128  # Buffers are multiples of this, so that lengths close to each other share a compile.
 
 
@@ -93,4 +95,4 @@ def _continue(model, params, tokens_BT, lengths_B, length, key, *, temperature, 
         )
         return tokens_BT.at[rows_B, ends_B].set(token_B)
 
-    return jax.lax.fori_loop(0, length, add_token, tokens_BT)
+    return mesh.shard(jax.lax.fori_loop(0, length, add_token, tokens_BT), None, None)

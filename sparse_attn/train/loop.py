@@ -9,11 +9,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
 from sparse_attn.train import checkpoint as checkpoint_lib
+from sparse_attn.train import flops as flops_lib
+from sparse_attn.train import ledger as ledger_lib
 from sparse_attn.train import metrics as metrics_lib
+from sparse_attn.train import profiling
 from sparse_attn.train import state as state_lib
 
 
@@ -29,39 +33,6 @@ class NonFiniteError(FloatingPointError):
             f"step {report['step']}: loss {report['loss']}, gradient norm {report['grad_norm']}"
         )
         self.report = report
-
-
-@dataclasses.dataclass
-class Ledger:
-    """Where the time went, in seconds by activity, and what was done; carried over restarts.
-
-    >>> ledger = Ledger()
-    >>> with ledger.timed("evaluate"):
-    ...     pass
-    >>> list(ledger.seconds)
-    ['evaluate']
-    """
-
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    tokens: int = 0
-    starts: int = 1
-
-    @contextlib.contextmanager
-    def timed(self, activity: str):
-        """Adds the time of the `with` block to `activity`."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(activity, time.perf_counter() - begin)
-
-    def add(self, activity: str, seconds: float) -> None:
-        """Adds time to `activity`."""
-        self.seconds[activity] = self.seconds.get(activity, 0.0) + seconds
-
-    def to_json(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +74,12 @@ def fit(
     eval_every: int | None = None,
     checkpoints: checkpoint_lib.Checkpoints | None = None,
     checkpoint_every: int | None = None,
-    ledger: Ledger | None = None,
+    ledger: ledger_lib.Ledger | None = None,
+    utilization: flops_lib.Utilization | None = None,
+    profiler: profiling.Profiler | None = None,
+    beat: Callable[[str], None] = lambda doing: None,
+    num_tokens: Callable[[state_lib.Batch], int] = state_lib.num_tokens,
+    place: Callable[[state_lib.Batch], state_lib.Batch] = jax.device_put,
     stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Trains from `state.step` to `steps` updates.
@@ -111,8 +87,10 @@ def fit(
     The numbers of a step are fetched after the next one is dispatched, so the device does not
     wait for the host; each is checked, and nothing is saved after a step that was not finite.
     Lines for `write` have `train/loss` (nats per token), `train/grad_norm`, `train/lr`,
-    `data/crc32` (of the step's inputs, for checking the order of data) and `perf/tokens_per_s`;
-    evaluated steps have `eval/` and the names that `evaluate` gave.
+    `data/crc32` (of the step's inputs, for checking the order of data), `perf/tokens_per_s` and,
+    given `utilization`, `perf/mfu_useful` and `perf/mfu_executed`; evaluated steps have `eval/` and
+    the names that `evaluate` gave. Speeds are of whole windows, between lines, with the device
+    idle at both ends.
 
     Args:
       state: where to start; its memory is reused.
@@ -123,11 +101,17 @@ def fit(
       log_every: steps between lines.
       write: takes (step, values).
       progress: told at every line.
-      evaluate: takes parameters, gives numbers; `bits_per_byte` among them rates a checkpoint.
+      evaluate: takes parameters, gives numbers; `bits_per_byte` among them rates a checkpoint, or
+        else `loss`.
       eval_every: steps between evaluations; None = only after the last step.
       checkpoints: where to save, after the last step and when stopped too; None = never.
       checkpoint_every: steps between checkpoints.
       ledger: adds up time and tokens.
+      utilization: turns speeds into fractions of the hardware's peak; None = unknown hardware.
+      profiler: traces the steps of its window.
+      beat: told before everything that takes time, for a watchdog.
+      num_tokens: counts those of a batch, for the ledger and the speed.
+      place: puts a batch on the devices.
       stop: asked after every step; True = save and return.
 
     Raises:
@@ -142,22 +126,39 @@ def fit(
     ):
         if every is not None and every < 1:
             raise ValueError(f"{name}={every} must be >= 1 step")
-    run = _Run(state, train_step, batches, ledger or Ledger(), write, progress, log_every)
+    ledger = ledger or ledger_lib.Ledger()
+    run = _Run(
+        state, train_step, batches, ledger, write, progress, log_every, utilization, num_tokens,
+        place,
+    )  # fmt: skip
+    profiler = profiler or profiling.Profiler("", None)
     evaluation, evaluated_at, saved_at = None, None, None
 
     def due(every: int | None) -> bool:
         return run.step == steps or (every is not None and run.step % every == 0)
 
     while run.step < steps and not stop():
+        beat(f"step {run.step + 1}")
+        if profiler.starts_at(run.step + 1):
+            with run.aside("profile"):
+                profiler.start()
         run.advance()
+        if profiler.ends_at(run.step):
+            with run.aside("profile"):
+                profiler.stop()
         if evaluate is not None and due(eval_every):
-            with run.aside("evaluate"):
+            beat(f"the evaluation after step {run.step}")
+            with run.aside("eval"):
                 evaluation, evaluated_at = evaluate(run.state.params), run.step
             run.write({f"eval/{name}": value for name, value in evaluation.items()})
         if checkpoints is not None and due(checkpoint_every):
-            rated = evaluation["bits_per_byte"] if evaluated_at == run.step else None
+            beat(f"the checkpoint of step {run.step}")
+            rated = None
+            if evaluated_at == run.step:
+                rated = evaluation.get("bits_per_byte", evaluation.get("loss"))
             run.save(checkpoints, rated)
             saved_at = run.step
+    beat("the last step and checkpoint")
     run.settle()
     if checkpoints is not None:
         if run.step < steps and saved_at != run.step and run.advanced:
@@ -170,19 +171,32 @@ def fit(
 class _Run:
     """The moving parts of `fit`: the state, the step in flight and the clock."""
 
-    def __init__(self, state, train_step, batches, ledger, write, progress, log_every):
+    def __init__(
+        self,
+        state,
+        train_step,
+        batches,
+        ledger,
+        write,
+        progress,
+        log_every,
+        utilization,
+        num_tokens,
+        place,
+    ):
         self.state, self.ledger = state, ledger
-        self.step = int(state.step)
+        self.step = ledger.step = int(state.step)
         self.advanced = False
         self.speed = metrics_lib.Throughput()
         self._train_step, self._batches = train_step, batches
         self._write, self._progress, self._log_every = write, progress, log_every
+        self._utilization, self._num_tokens, self._place = utilization, num_tokens, place
         self._shape: tuple[int, ...] | None = None
         self._pending: _Pending | None = None
 
     def advance(self) -> None:
         """Dispatches one step; settles the step before it, and this one when a line is due."""
-        with self.ledger.timed("data"):
+        with self.ledger.timed("data_wait"):
             batch = next(self._batches, None)
         if batch is None:
             raise ValueError(f"batches ended after step {self.step}; they must go on for ever")
@@ -194,8 +208,8 @@ class _Run:
                 "another shape is another compilation"
             )
         crc32 = zlib.crc32(np.ascontiguousarray(batch["inputs"]))
-        tokens = int(np.count_nonzero(batch["segment_ids"]))
-        on_device = jax.device_put(batch)
+        tokens = self._num_tokens(batch)
+        on_device = self._place(batch)
         begin = time.perf_counter()
         if self._shape is None:
             with self.ledger.timed("compile"):
@@ -207,6 +221,7 @@ class _Run:
             with jax.transfer_guard("disallow"):
                 self.state, metrics = self._train_step(self.state, on_device)
         self.step += 1
+        self.ledger.step = self.step
         self.ledger.tokens += tokens
         before, self._pending = self._pending, _Pending(self.step, metrics, crc32)
         self._finish(before)
@@ -221,7 +236,8 @@ class _Run:
         self.advanced = True
 
     def settle(self) -> None:
-        """Waits for the step in flight and takes its numbers in."""
+        """Waits for the step in flight and takes its numbers in; then the device is idle."""
+        jax.block_until_ready(self.state)
         pending, self._pending = self._pending, None
         self._finish(pending)
 
@@ -268,12 +284,16 @@ class _Run:
         line = {f"train/{name}": value for name, value in values.items() if name != "tokens"}
         line["data/crc32"] = pending.crc32
         # Only `settle` gets here, so the device has finished the step and a window may end.
-        rate = self.speed.lap()
-        if rate is not None:
-            line["perf/tokens_per_s"] = rate
+        window = self.speed.lap()
+        if window is not None:
+            line["perf/tokens_per_s"] = window.tokens_per_s
+            if self._utilization is not None:
+                line |= self._utilization.of(window)
         self.write(line)
         if self._progress is not None:
-            text = f"loss {loss:.4f}" + (f", {rate:,.0f} tokens/s" if rate else "")
+            text = f"loss {loss:.4f}"
+            if window is not None:
+                text += f", {window.tokens_per_s:,.0f} tokens/s"
             self._progress.update(pending.step, text, self.speed.seconds_per_step)
 
     def _report(self, step, loss, norm, crc32):
@@ -286,6 +306,6 @@ class _Run:
             "not_finite": [
                 jax.tree_util.keystr(path, simple=True, separator="/")
                 for path, x in arrays
-                if not np.isfinite(np.asarray(x, np.float32)).all()
+                if not jnp.isfinite(x).all()
             ],
         }

@@ -4,19 +4,22 @@ r"""Trains one model from a config, into a run folder; started again, goes on wh
         --config.optim.lr=3e-4 --workdir=runs/local
 
 Exit codes: 0 finished; 2 command line, config or data wrong; 65 the folder's checkpoints cannot be
-restored; 70 the loss became NaN or infinite; 75 stopped by SIGTERM after saving, start again; 143
-stopped at once by a second SIGTERM. `sparse_attn.train.exits` names them.
+restored; 70 the loss became NaN or infinite; 71 the device's memory is too small; 75 stopped by
+SIGTERM after saving, start again; 143 stopped at once by a second SIGTERM. They are named in
+`sparse_attn.train.exits`.
 
-The prepared text is shared by all runs, in `$SPARSE_ATTN_CACHE` or `~/.cache/sparse_attn`.
+Prepared text and, on accelerators, compiled programs are shared by all runs, in
+`$SPARSE_ATTN_CACHE` or `~/.cache/sparse_attn`.
 """
 
+import contextlib
+import functools
 import glob
-import itertools
 import logging
 import os
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,17 +27,22 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from sparse_attn import patterns
-from sparse_attn.data import corpus as corpus_lib
-from sparse_attn.data import prepare, text, tokenizer
-from sparse_attn.masks import stats
-from sparse_attn.models import transformer
-from sparse_attn.ops import tiles
-from sparse_attn.patterns import per_layer
+from sparse_attn.parallel import hosts
+from sparse_attn.parallel import mesh as mesh_lib
 from sparse_attn.train import checkpoint as checkpoint_lib
-from sparse_attn.train import config_check, exits, run_folder, signals
-from sparse_attn.train import evaluate as evaluate_lib
-from sparse_attn.train import generate as generate_lib
+from sparse_attn.train import (
+    config_check,
+    exits,
+    out_of_memory,
+    profiling,
+    run_folder,
+    signals,
+    spikes,
+    tasks,
+    watchdog,
+)
+from sparse_attn.train import flops as flops_lib
+from sparse_attn.train import ledger as ledger_lib
 from sparse_attn.train import loop as loop_lib
 from sparse_attn.train import metrics as metrics_lib
 from sparse_attn.train import optim as optim_lib
@@ -45,19 +53,53 @@ class UsageError(Exception):
     """Config or data cannot be used as they are; the message says what to change."""
 
 
-def train(config: Any, workdir: str | os.PathLike[str]) -> exits.ExitCode:
+def train(
+    config: Any,
+    workdir: str | os.PathLike[str],
+    *,
+    profile: profiling.ProfileWindow | None = None,
+) -> exits.ExitCode:
     """Runs a config (a `ConfigDict` or nested dicts) to its end, or until SIGTERM.
+
+    Args:
+      config: the run.
+      workdir: its folder.
+      profile: steps to trace, into the folder `profile`.
 
     Raises:
       UsageError: the config or the data is wrong; nothing was written.
       CheckpointError: the folder has checkpoints and none can be restored.
+      OutOfMemoryError: the device's memory is too small; the message says what to change.
     """
-    with signals.StopRequest() as stop:
-        run = prepare_run(config, workdir)
-        return exits.ExitCode.FINISHED if run is None else run.to_end(stop)
+    with signals.StopRequest() as stop, _mesh(config) as mesh:
+        try:
+            run = prepare_run(config, workdir, mesh)
+            return exits.ExitCode.FINISHED if run is None else run.to_end(stop, profile)
+        except jax.errors.JaxRuntimeError as error:
+            if not out_of_memory.is_out_of_memory(error):
+                raise
+            text = out_of_memory.explain(error, _plain(config), num_devices=jax.device_count())
+            raise out_of_memory.OutOfMemoryError(text) from error
 
 
-def prepare_run(config: Any, workdir: str | os.PathLike[str]) -> "Run | None":
+@contextlib.contextmanager
+def _mesh(config: Any) -> Iterator[jax.sharding.Mesh | None]:
+    """The mesh of the config, set; None for one device."""
+    try:
+        hosts.start()
+        mesh = mesh_lib.make(config["mesh"]["axes"])
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if mesh.size == 1:
+        yield None
+    else:
+        with jax.set_mesh(mesh):
+            yield mesh
+
+
+def prepare_run(
+    config: Any, workdir: str | os.PathLike[str], mesh: jax.sharding.Mesh | None = None
+) -> "Run | None":
     """Builds everything a run needs, None when the folder's run is finished already.
 
     Raises:
@@ -68,7 +110,7 @@ def prepare_run(config: Any, workdir: str | os.PathLike[str]) -> "Run | None":
         if run_folder.is_finished(folder, config["train"]["steps"]):
             print(f"{folder}: already finished ({config['train']['steps']} steps)")
             return None
-        return Run(config, folder)
+        return Run(config, folder, mesh)
     except (ValueError, FileNotFoundError, NotImplementedError) as error:
         raise UsageError(str(error)) from error
 
@@ -76,10 +118,20 @@ def prepare_run(config: Any, workdir: str | os.PathLike[str]) -> "Run | None":
 class Run:
     """One start of a run: built from the config, restored from the folder, trained, summed up."""
 
-    def __init__(self, config: dict[str, Any], folder: pathlib.Path):
-        self.config, self.folder, self.ledger = config, folder, loop_lib.Ledger()
+    def __init__(
+        self,
+        config: dict[str, Any],
+        folder: pathlib.Path,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        self.config, self.folder, self.ledger = config, folder, ledger_lib.Ledger()
+        # The processes of a run share its checkpoints; each has a folder for all else.
+        self.checkpoints_folder = folder / run_folder.CHECKPOINTS
+        if index := jax.process_index():
+            self.folder = folder / run_folder.PROCESSES / str(index)
         # Everything that can be wrong is found before anything is written.
-        self.model = build_model(config["model"], vocab_size=tokenizer.VOCAB_SIZE)
+        self.task = tasks.of(config, mesh)
+        self.model = self.task.model
         optim = config["optim"]
         self.schedule = optim_lib.warmup_cosine(
             peak=optim["lr"], warmup_steps=optim["warmup_steps"], steps=config["train"]["steps"]
@@ -91,39 +143,35 @@ class Run:
             weight_decay=optim["weight_decay"],
             clip_norm=optim["clip_norm"],
         )
+        self.watchdog = watchdog.Watchdog(self.folder, seconds=config["train"]["hang_seconds"])
+        if optim["skip_spikes"] is not None:
+            self.optimizer = spikes.skip_spikes(self.optimizer, sigmas=optim["skip_spikes"])
+        profiling.cache_compilations(run_folder.cache() / "compiled")
+        shardings = None
+        if mesh is not None:
+            rules = config["mesh"]["rules"] or mesh_lib.RULES
+            shardings = functools.partial(mesh_lib.shardings, mesh, rules=rules)
         with self.ledger.timed("init"):
             self.state = state_lib.create(
                 self.model,
                 self.optimizer,
                 key=jax.random.key(config["seed"]),
-                length=config["data"]["context"],
+                inputs=self.task.inputs,
+                shardings=shardings,
             )
-        with self.ledger.timed("prepare data"):
-            self._open_data()
+        self.shardings = None if mesh is None else jax.tree.map(lambda x: x.sharding, self.state)
+        with self.ledger.timed("prepare_data"):
+            self.task.open_data()
         self._write_identity()
 
-    def _open_data(self) -> None:
-        data = self.config["data"]
-        self.corpus = corpus_lib.resolve(
-            data["path"], prepared_dir=data["prepared_dir"], max_bytes=data["max_bytes"]
-        )
-        print(self.corpus.describe(), flush=True)
-        cache = os.environ.get("SPARSE_ATTN_CACHE") or pathlib.Path.home() / ".cache/sparse_attn"
-        prepared = prepare.prepare(self.corpus, cache)
-
-        shape = {"context": data["context"], "batch_size": data["batch_size"]}
-        self.train_batches = text.loader(prepared, split="train", seed=self.config["seed"], **shape)
-        # The same windows at every evaluation, whatever the seed; kept, as they are few.
-        batches = text.loader(prepared, split="validation", seed=0, repeat=False, **shape)
-        self.eval_batches = list(itertools.islice(batches, self.config["train"]["eval_batches"]))
-
     def _write_identity(self) -> None:
+        data = self.task.data
         known = run_folder.read_json(self.folder, run_folder.CORPUS)
-        if known is not None and known["sha256"] != self.corpus.sha256:
+        if known is not None and known["sha256"] != data.sha256:
             raise ValueError(
                 f"data changed: {self.folder} was trained on {known['name']} (sha256 "
-                f"{known['sha256']}) and the text is now {self.corpus.name} (sha256 "
-                f"{self.corpus.sha256}); start in another workdir"
+                f"{known['sha256']}) and the data is now {data.name} (sha256 "
+                f"{data.sha256}); start in another workdir"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         before = run_folder.read_json(self.folder, run_folder.CONFIG)
@@ -132,16 +180,18 @@ class Run:
             print(f"config changed since the last start: {', '.join(changed)}", flush=True)
         run_folder.write_json(self.folder, run_folder.CONFIG, self.config)
         run_folder.write_json(self.folder, run_folder.ENV, run_folder.environment())
-        run_folder.write_json(self.folder, run_folder.CORPUS, self.corpus.to_json())
+        run_folder.write_json(self.folder, run_folder.CORPUS, data.to_json())
 
-    def to_end(self, stop: signals.StopRequest) -> exits.ExitCode:
+    def to_end(
+        self, stop: signals.StopRequest, profile: profiling.ProfileWindow | None = None
+    ) -> exits.ExitCode:
         """Trains until the last step, a stop or a number that is not finite."""
         config = self.config
         checkpoints = checkpoint_lib.Checkpoints(
-            self.folder / run_folder.CHECKPOINTS, keep=config["train"]["keep"]
+            self.checkpoints_folder, keep=config["train"]["keep"]
         )
         with checkpoints:
-            state, ledger = self._restore(checkpoints)
+            state = self._restore(checkpoints)
             step = int(state.step)
             board = metrics_lib.TensorBoard(self.folder / "tensorboard")
             lines = metrics_lib.JsonLines(self.folder / run_folder.METRICS, keep_until=step)
@@ -150,9 +200,12 @@ class Run:
             def write(step: int, values: dict[str, float]) -> None:
                 lines.write(step, values)
                 board.write(step, values)
+                self._write_ledger()
 
+            profiler = profiling.Profiler(self.folder / "profile", profile)
             try:
-                outcome = self._fit(state, checkpoints, ledger, write, progress, stop)
+                with self.watchdog, profiler:
+                    outcome = self._fit(state, checkpoints, write, progress, profiler, stop)
             except loop_lib.NonFiniteError as error:
                 run_folder.write_json(self.folder, run_folder.NON_FINITE, error.report)
                 print(
@@ -165,33 +218,35 @@ class Run:
                 progress.close()
                 lines.close()
                 board.close()
+                self._write_ledger()
         if not outcome.finished:
             print(f"stopped by SIGTERM after step {int(outcome.state.step)}; start again to go on")
             return exits.ExitCode.PREEMPTED
-        self._sum_up(outcome, ledger)
+        self._sum_up(outcome)
         return exits.ExitCode.FINISHED
 
-    def _restore(self, checkpoints):
+    def _restore(self, checkpoints) -> state_lib.TrainState:
         with self.ledger.timed("restore"):
             restored = checkpoints.restore(self.state)
+        last = run_folder.read_json(self.folder, run_folder.LEDGER)
+        self.ledger.resume(last, restored and restored.extra["ledger"])
+        self._write_ledger()
         if restored is None:
-            return self.state, self.ledger
+            return self.state
         try:
-            self.train_batches.set_state(restored.data_state)
+            self.task.train_batches.set_state(restored.data_state)
         except ValueError as error:
             raise checkpoint_lib.CheckpointError(
                 f"{self.folder} cannot go on from step {restored.step}: {error}"
             ) from error
         print(f"resumed from step {restored.step}", flush=True)
-        ledger = loop_lib.Ledger(**restored.extra["ledger"])
-        ledger.starts += 1
-        for activity, spent in self.ledger.seconds.items():
-            ledger.add(activity, spent)
-        return restored.state, ledger
+        return restored.state
 
-    def _fit(self, state, checkpoints, ledger, write, progress, stop) -> loop_lib.Outcome:
+    def _write_ledger(self) -> None:
+        run_folder.write_json(self.folder, run_folder.LEDGER, self.ledger.to_json())
+
+    def _fit(self, state, checkpoints, write, progress, profiler, stop) -> loop_lib.Outcome:
         settings = self.config["train"]
-        eval_step = evaluate_lib.make_eval_step(self.model)
         return loop_lib.fit(
             state,
             state_lib.make_train_step(
@@ -199,123 +254,68 @@ class Run:
                 self.optimizer,
                 grad_accum=self.config["optim"]["grad_accum"],
                 schedule=self.schedule,
+                shardings=self.shardings,
             ),
-            self.train_batches,
+            self.task.train_batches,
+            num_tokens=self.task.num_tokens,
+            place=self.task.place,
             steps=settings["steps"],
             log_every=settings["log_every"],
             write=write,
             progress=progress,
-            evaluate=lambda params: evaluate_lib.evaluate(eval_step, params, self.eval_batches),
+            evaluate=self.task.evaluator(),
             eval_every=settings["eval_every"],
             checkpoints=checkpoints,
             checkpoint_every=settings["checkpoint_every"],
-            ledger=ledger,
-            stop=lambda: stop.requested,
+            ledger=self.ledger,
+            utilization=flops_lib.utilization(
+                self.model.config,
+                state.params,
+                context=self.task.row_tokens,
+                batch_size=self.config["data"]["batch_size"],
+                device_kind=jax.devices()[0].device_kind,
+                num_devices=len(state.step.devices()),
+            ),
+            profiler=profiler,
+            beat=self.watchdog.beat,
+            stop=hosts.agreed(lambda: stop.requested, step=int(state.step)),
         )
 
-    def _sum_up(self, outcome: loop_lib.Outcome, ledger: loop_lib.Ledger) -> None:
-        with ledger.timed("sample"):
-            sample = self._sample(outcome.state)
-        metrics_lib.replace_file(self.folder / run_folder.SAMPLE, sample)
+    def _sum_up(self, outcome: loop_lib.Outcome) -> None:
+        with self.ledger.timed("sample"):
+            sample = self.task.sample(outcome.state)
+        if sample is not None:
+            metrics_lib.replace_file(self.folder / run_folder.SAMPLE, sample)
         history = metrics_lib.read_json_lines(self.folder / run_folder.METRICS)
+        results = self.task.results(lambda name: _last(history, f"eval/{name}"))
+        self._write_ledger()
+        spent = self.ledger.to_json()
         summary = {
             "finished": True,
             "name": self.config["name"],
             "pattern": self.model.config.pattern.expression(),
             "params": state_lib.num_params(outcome.state.params),
             "steps": int(outcome.state.step),
-            "tokens": ledger.tokens,
-            "val_bpb": _last(history, "eval/bits_per_byte"),
+            "tokens": self.ledger.tokens,
+            "row_tokens": self.task.row_tokens,
+            **results,
             "train_loss": _last(history, "train/loss"),
             "tokens_per_s": outcome.tokens_per_s or _last(history, "perf/tokens_per_s"),
-            **attention_cost(
+            "mfu_useful": _last(history, "perf/mfu_useful"),
+            "mfu_executed": _last(history, "perf/mfu_executed"),
+            **flops_lib.attention_cost(
                 self.model.config,
-                context=self.config["data"]["context"],
+                context=self.task.row_tokens,
                 batch_size=self.config["data"]["batch_size"],
             ),
-            "corpus": self.corpus.name,
-            "corpus_sha256": self.corpus.sha256,
-            "wall_seconds": sum(ledger.seconds.values()),
-            "seconds": ledger.seconds,
-            "starts": ledger.starts,
+            "corpus": self.task.data.name,
+            "corpus_sha256": self.task.data.sha256,
+            "wall_seconds": sum(spent["seconds"].values()),
+            **{name: spent[name] for name in ("seconds", "starts", "lost_steps")},
         }
         run_folder.write_json(self.folder, run_folder.SUMMARY, summary)
-        bpb = summary["val_bpb"]
-        print(f"{self.config['name']}: finished, validation {bpb:.4f} bits per byte", flush=True)
-
-    def _sample(self, state: state_lib.TrainState) -> str:
-        settings = self.config["sample"]
-        prompt = [tokenizer.BOS, *tokenizer.encode(settings["prompt"]).tolist()]
-        (tokens,) = generate_lib.generate(
-            self.model,
-            state.params,
-            [prompt],
-            length=settings["length"],
-            temperature=settings["temperature"],
-            top_k=settings["top_k"],
-            key=jax.random.fold_in(state.key, state.step),
-        )
-        return tokenizer.to_text(tokens) + "\n"
-
-
-def build_model(model: Mapping[str, Any], *, vocab_size: int) -> transformer.Transformer:
-    """The model of `config.model`: fields of `TransformerConfig`, the pattern as an expression.
-
-    `pattern` is text for `patterns.parse`; a tuple of texts is a schedule of layers.
-
-    Raises:
-      ValueError: a field or a pattern is unknown or wrong.
-
-    >>> build_model({"pattern": "local(window=8)", "num_layers": 2}, vocab_size=64).config.pattern
-    Local(window=8, reach=None)
-    """
-    fields = dict(model)
-    pattern = fields.pop("pattern")
-    if isinstance(pattern, str):
-        pattern = patterns.parse(pattern)
-    else:
-        pattern = per_layer.PerLayer(tuple(patterns.parse(p) for p in pattern))
-    known = list(transformer.TransformerConfig.__dataclass_fields__)
-    for name in fields:
-        if name not in known:
-            near = config_check.nearest(name, known)
-            raise ValueError(f"config.model.{name} is unknown; the nearest valid name is {near}")
-    if not pattern.causal:
-        raise ValueError(
-            f"pattern={pattern.expression()} must be causal, or the model sees what it is to "
-            "predict; `causal() & (...)` makes it so"
-        )
-    return transformer.Transformer(
-        transformer.TransformerConfig(vocab_size=vocab_size, pattern=pattern, **fields)
-    )
-
-
-def attention_cost(
-    config: transformer.TransformerConfig, *, context: int, batch_size: int
-) -> dict[str, float]:
-    """Densities (means over layers) and attention FLOPs of one training step, from the masks.
-
-    FLOPs are those of the products in forward and backward pass of all layers and rows, over
-    visible pairs (`useful_flops`) and over active blocks (`executed_flops`).
-
-    >>> config = transformer.TransformerConfig(vocab_size=64, num_layers=2, embed_dim=32)
-    >>> attention_cost(config, context=128, batch_size=1)["token_density"]
-    0.50390625
-    """
-    block = config.block or tiles.mask_block(context)
-    cost = dict.fromkeys(("token_density", "block_density", "useful_flops", "executed_flops"), 0.0)
-    heads, sizes = config.num_heads, (config.head_dim, config.num_heads)
-    for pattern in config.layer_patterns():
-        per_heads = pattern.for_heads(heads) if hasattr(pattern, "for_heads") else pattern
-        counted = stats.of(per_heads, q_len=context, block_q=block, block_kv=block)
-        cost["token_density"] += counted.token_density / config.num_layers
-        cost["block_density"] += counted.block_density / config.num_layers
-        for backward in (False, True):
-            useful = counted.useful_flops(*sizes, backward=backward)
-            executed = counted.executed_flops(*sizes, backward=backward)
-            cost["useful_flops"] += batch_size * useful
-            cost["executed_flops"] += batch_size * executed
-    return cost
+        told = ", ".join(f"{name} {value:.4f}" for name, value in results.items())
+        print(f"{self.config['name']}: finished, {told}", flush=True)
 
 
 def _last(history: list[dict[str, Any]], name: str) -> float | None:
@@ -335,6 +335,8 @@ def _plain(config: Any) -> dict[str, Any]:
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py[:ARGUMENT]")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run folder.", required=True)
+_PROFILE = flags.DEFINE_string("profile", None, "START:STOP, steps to trace into WORKDIR/profile.")
+_DUMP_HLO = flags.DEFINE_bool("dump-hlo", False, "Write the compiled step to WORKDIR/hlo.")
 
 
 def main(argv: list[str]) -> int:
@@ -346,11 +348,21 @@ def main(argv: list[str]) -> int:
     try:
         if argv[1:]:
             raise UsageError(f"argument {argv[1]!r} must be a flag such as --workdir=DIR")
-        return int(train(_CONFIG.value, _WORKDIR.value))
+        profile = None
+        if _PROFILE.value is not None:
+            try:
+                profile = profiling.ProfileWindow.parse(_PROFILE.value)
+            except ValueError as error:
+                raise UsageError(str(error)) from None
+        if _DUMP_HLO.value:
+            profiling.dump_hlo(pathlib.Path(_WORKDIR.value, "hlo"))
+        return int(train(_CONFIG.value, _WORKDIR.value, profile=profile))
     except UsageError as error:
         return _fail(error, exits.ExitCode.USAGE)
     except checkpoint_lib.CheckpointError as error:
         return _fail(error, exits.ExitCode.CHECKPOINTS)
+    except out_of_memory.OutOfMemoryError as error:
+        return _fail(error, exits.ExitCode.OUT_OF_MEMORY)
 
 
 def _quiet_without_tpu() -> None:

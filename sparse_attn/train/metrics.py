@@ -1,5 +1,6 @@
 """Numbers on their way out: JSON lines, TensorBoard if installed, progress, throughput."""
 
+import dataclasses
 import json
 import math
 import os
@@ -100,6 +101,26 @@ class TensorBoard:
             self._writer.close()
 
 
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Steps between two moments at which the device was idle.
+
+    Attributes:
+      tokens: that are not padding.
+      steps: whole ones.
+      seconds: of nothing but training.
+    """
+
+    tokens: int
+    steps: int
+    seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens that are not padding, per second."""
+        return self.tokens / self.seconds
+
+
 class Throughput:
     """Tokens per second of training alone: without compilation, evaluation and saving.
 
@@ -115,7 +136,7 @@ class Throughput:
     >>> speed.add(100)
     False
     >>> speed.lap(), speed.tokens_per_s, speed.seconds_per_step
-    (50.0, 50.0, 2.0)
+    (Window(tokens=100, steps=1, seconds=2.0), 50.0, 2.0)
     """
 
     def __init__(self, *, skip: int = 2, clock: Callable[[], float] = time.perf_counter):
@@ -134,8 +155,8 @@ class Throughput:
         self._window_steps += 1
         return False
 
-    def lap(self) -> float | None:
-        """Ends a window, with the device idle; its tokens per second, None when it is empty."""
+    def lap(self) -> Window | None:
+        """Ends a window, with the device idle, and gives it; None when it is empty."""
         now = self._clock()
         elapsed = now - (now if self._since is None else self._since)
         tokens, steps = self._window_tokens, self._window_steps
@@ -144,7 +165,7 @@ class Throughput:
             return None
         self._tokens, self._steps = self._tokens + tokens, self._steps + steps
         self._seconds += elapsed
-        return tokens / elapsed
+        return Window(tokens, steps, elapsed)
 
     def pause(self) -> None:
         """Ends a window; time does not count until `resume`."""

@@ -7,8 +7,9 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-# Parameters whose path ends in one of these are not decayed: they set scales, not directions.
-NOT_DECAYED = ("scale", "bias", "sink_logits")
+# Parameters whose path ends in one of these are not decayed: they set scales, not directions, or
+# (the gates of a selector) get no gradient from the loss that would hold them.
+NOT_DECAYED = ("scale", "bias", "sink_logits", "gate_query", "gate_key")
 
 
 def warmup_cosine(
@@ -61,7 +62,7 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW with decoupled decay [arXiv:1711.05101, alg. 2] after a clip of the global norm.
 
-    `clip_norm=None` does not clip. Norm scales, biases and sink logits are not decayed.
+    `clip_norm=None` does not clip. Norm scales, biases, sink logits and gates are not decayed.
 
     Raises:
       ValueError: `clip_norm <= 0`, `weight_decay < 0`, or a beta outside [0, 1).

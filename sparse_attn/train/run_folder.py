@@ -2,6 +2,7 @@
 
 config.json   the resolved config          corpus.json  the text: name, bytes, sha256
 env.json      git commit, versions, devices  sample.txt   a generated continuation
+ledger.json   where the time went       stacks.txt   of hangs, profile/ and hlo/ if asked for
 summary.json  the result; `"finished": true` marks a run that needs no further start
 """
 
@@ -19,12 +20,20 @@ import jax
 from sparse_attn.train import config_check, metrics
 
 CONFIG, ENV, CORPUS = "config.json", "env.json", "corpus.json"
-SAMPLE, SUMMARY = "sample.txt", "summary.json"
+SAMPLE, SUMMARY, LEDGER = "sample.txt", "summary.json", "ledger.json"
 METRICS, CHECKPOINTS, NON_FINITE = "metrics.jsonl", "checkpoints", "non_finite.json"
+PROCESSES = "processes"  # folders of the processes after the first, where there are several
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets",
     "array-record", "ml_collections", "numpy", "libtpu", "jax-triton", "triton",
 )  # fmt: skip
+
+
+def cache() -> pathlib.Path:
+    """The folder of what all runs share: prepared text and compiled programs."""
+    return pathlib.Path(
+        os.environ.get("SPARSE_ATTN_CACHE") or pathlib.Path.home() / ".cache/sparse_attn"
+    )
 
 
 def write_json(folder: pathlib.Path, name: str, content: Mapping[str, Any]) -> None:

@@ -11,7 +11,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from sparse_attn.train import spikes
+
 Batch = dict[str, Any]
+PACKING = ("segment_ids", "positions")  # what a batch of tokens has besides, and images have not
 
 
 @functools.partial(
@@ -37,24 +40,36 @@ class TrainState:
 
 
 def create(
-    model: Any, optimizer: optax.GradientTransformation, *, key: Array, length: int
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    key: Array,
+    length: int | None = None,
+    inputs: jax.ShapeDtypeStruct | None = None,
+    shardings: Callable[[Any], Any] | None = None,
 ) -> TrainState:
     """A state before the first step, with parameters drawn from `key`.
 
     Args:
-      model: a Linen module called as `model(tokens_BT, segment_ids=, positions=)`.
+      model: a Linen module called as `model(inputs)`.
       optimizer: whose state is made for the parameters.
       key: typed PRNG key.
       length: tokens per example; the parameters do not depend on it.
+      inputs: what one example is where it is no row of tokens, with a batch axis; or `length`.
+      shardings: gives those of a state's shapes, see `parallel.mesh.shardings`; each device then
+        draws its own part, of the same numbers.
     """
+    if inputs is None:
+        inputs = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
-    @jax.jit
     def init(key):
         init_key, run_key = jax.random.split(key)
-        params = model.init(init_key, jnp.zeros((1, length), jnp.int32))["params"]
+        params = model.init(init_key, jnp.zeros(inputs.shape, inputs.dtype))["params"]
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), run_key)
 
-    return init(key)
+    if shardings is None:
+        return jax.jit(init)(key)
+    return jax.jit(init, out_shardings=shardings(jax.eval_shape(init, key)))(key)
 
 
 def num_params(params: PyTree) -> int:
@@ -67,8 +82,8 @@ def num_params(params: PyTree) -> int:
 
 
 def token_losses(
-    logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"]
-) -> Float[Array, "B T"]:
+    logits_BTV: Float[Array, "*rows V"], targets_BT: Int[Array, "*rows"]
+) -> Float[Array, "*rows"]:
     """Negative log-likelihood of each target in nats, float32.
 
     >>> losses = token_losses(jnp.zeros((1, 2, 4)), jnp.array([[0, 3]]))
@@ -81,13 +96,9 @@ def token_losses(
 
 
 def loss_sum(model: Any, params: PyTree, batch: Batch) -> tuple[Array, Array]:
-    """Sum of weighted token losses in nats, and the sum of the weights."""
-    logits_BTV = model.apply(
-        {"params": params},
-        batch["inputs"],
-        segment_ids=batch["segment_ids"],
-        positions=batch["positions"],
-    )
+    """Sum of weighted losses of tokens (or images) in nats, and the sum of the weights."""
+    packing = {name: batch[name] for name in PACKING if name in batch}
+    logits_BTV = model.apply({"params": params}, batch["inputs"], **packing)
     losses_BT = token_losses(logits_BTV, batch["targets"])
     return (losses_BT * batch["weights"]).sum(), batch["weights"].sum()
 
@@ -129,12 +140,16 @@ def make_train_step(
     *,
     grad_accum: int = 1,
     schedule: Callable[[Any], Any] | None = None,
+    shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """A jitted `step(state, batch) -> (state, metrics)`; the old state's memory is reused.
 
     The batch has `inputs`, `targets`, `segment_ids`, `positions` (int32 `[B, T]`) and `weights`
     (float32 `[B, T]`, 0 = no loss). Metrics are float32 scalars: `loss` (nats per token),
-    `tokens` (sum of weights), `grad_norm` (before clipping) and, given a schedule, `lr`.
+    `tokens` (sum of weights), `grad_norm` (before clipping), `lr` given a schedule, and `skipped`
+    (steps left out as spikes so far) if the optimizer is one of `spikes.skip_spikes`.
+
+    On a mesh, `shardings` are those of the state, before and after; metrics are on every device.
 
     >>> from sparse_attn import models
     >>> config = models.TransformerConfig(vocab_size=8, num_layers=1, embed_dim=16, num_heads=2)
@@ -149,13 +164,23 @@ def make_train_step(
     ['grad_norm', 'loss', 'tokens']
     """
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    out_shardings = None
+    if shardings is not None:
+        everywhere = jax.sharding.NamedSharding(shardings.step.mesh, jax.sharding.PartitionSpec())
+        out_shardings = (shardings, everywhere)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
     def train_step(state: TrainState, batch: Batch):
         loss, tokens, grads = loss_and_grads(model, state.params, batch, grad_accum=grad_accum)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss)
         metrics = {"loss": loss, "tokens": tokens, "grad_norm": optax.tree.norm(grads)}
+        skipped = spikes.num_skipped(state.opt_state)
         if schedule is not None:
-            metrics["lr"] = jnp.asarray(schedule(state.step), jnp.float32)
+            metrics["lr"] = jnp.asarray(schedule(state.step - skipped), jnp.float32)
+        if isinstance(opt_state, spikes.SkipSpikesState):
+            metrics["skipped"] = opt_state.skipped.astype(jnp.float32)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
@@ -163,18 +188,39 @@ def make_train_step(
 
 
 def check_batch(batch: Batch) -> None:
-    """Checks the keys, shapes and dtypes of a batch.
+    """Checks the keys, shapes and dtypes of a batch of tokens, or of images (float inputs).
 
     Raises:
       ValueError: a key is missing, a shape differs, or a dtype is wrong.
     """
-    expected = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), np.int32)
-    expected["weights"] = np.float32
-    for name, dtype in expected.items():
-        if name not in batch:
-            raise ValueError(f"batch must have {name!r}; it has {', '.join(sorted(batch))}")
-        if batch[name].dtype != dtype or batch[name].shape != batch["inputs"].shape:
+    for name in ("inputs", "targets", "weights"):
+        _check_key(batch, name)
+    inputs = batch["inputs"]
+    expected: dict[str, tuple[Any, tuple[int, ...]]] = {}
+    if inputs.dtype == np.float32:
+        rows, how = inputs.shape[:1], "one per image"
+    else:
+        rows, how = inputs.shape, "as inputs is shaped"
+        expected = dict.fromkeys(("inputs", *PACKING), (np.int32, rows))
+    expected |= {"targets": (np.int32, rows), "weights": (np.float32, rows)}
+    for name, (dtype, shape) in expected.items():
+        _check_key(batch, name)
+        if batch[name].dtype != dtype or batch[name].shape != shape:
             raise ValueError(
                 f"batch[{name!r}] of {batch[name].dtype}{list(batch[name].shape)} must be "
-                f"{np.dtype(dtype)}{list(batch['inputs'].shape)}, as inputs is shaped"
+                f"{np.dtype(dtype)}{list(shape)}, {how}"
             )
+
+
+def _check_key(batch: Batch, name: str) -> None:
+    if name not in batch:
+        raise ValueError(f"batch must have {name!r}; it has {', '.join(sorted(batch))}")
+
+
+def num_tokens(batch: Batch) -> int:
+    """Tokens of a batch of text that are not padding.
+
+    >>> num_tokens({"segment_ids": np.array([[1, 1, 0]])})
+    2
+    """
+    return int(np.count_nonzero(batch["segment_ids"]))

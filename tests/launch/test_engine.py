@@ -94,7 +94,7 @@ def test_printed_line_runs_in_a_shell(trainer, capfd):
     line = capfd.readouterr().out
     program = line.replace("python", shlex.quote(sys.executable), 1)
     subprocess.run(["bash", "-c", program], check=True, timeout=60)
-    assert engine.is_finished(unit)
+    assert engine.is_finished(unit.folder)
 
 
 def test_finished_units_are_skipped_on_a_rerun(trainer, capfd):
@@ -123,7 +123,7 @@ def test_a_failed_unit_does_not_stop_the_others_and_is_named(trainer, capfd):
     assert "killed by SIGKILL" in failed[1]
     assert "no finished summary.json" in failed[2]
     assert "no terminal a" in pathlib.Path(log).read_text()
-    assert engine.is_finished(work[1])
+    assert engine.is_finished(work[1].folder)
 
 
 def test_a_failed_unit_is_started_again(trainer):
@@ -141,7 +141,7 @@ def test_a_preempted_unit_is_not_a_failure(trainer, capfd):
     captured = capfd.readouterr()
     assert "failed" not in captured.err
     assert f"not finished: {work[0].id} (a); start the same command again" in captured.err
-    assert engine.is_finished(work[1])
+    assert engine.is_finished(work[1].folder)
 
 
 def test_sigterm_goes_to_the_unit_and_the_next_start_finishes(trainer, capfd):
@@ -196,13 +196,16 @@ def test_status(trainer, capfd):
     engine.run_local(work[:3], trainer)
     lines = engine.status(work).splitlines()
     assert lines[0].split() == [
-        *("unit", "name", "state", "step", "checkpoint", "val", "bpb", "tokens/s"),
+        *("unit", "name", "state", "step", "checkpoint", "restarts", "val", "bpb", "tokens/s"),
     ]
     rows = {line.split()[1]: line.split()[2:] for line in lines[2:]}
-    assert rows["done"] == ["finished", "2", "2", "3.2500", "1,234"]
-    assert rows["bad"] == ["failed", "(exit", "3)", "-", "-", "-", "-"]
+    assert rows["done"] == ["finished", "2", "2", "0", "3.2500", "1,234"]
+    assert rows["bad"] == ["failed", "(exit", "3)", "-", "-", "0", "-", "-"]
     assert rows["gone"][0] == "preempted"
-    assert rows["later"] == ["not", "started", "-", "-", "-", "-"]
+    assert rows["later"] == ["not", "started", "-", "-", "0", "-", "-"]
+    engine.run_local(work[1:2], trainer)
+    again = {line.split()[1]: line.split()[2:] for line in engine.status(work).splitlines()[2:]}
+    assert again["bad"][5] == "1"  # Restarts.
 
 
 def test_a_terminal_is_passed_on(trainer):
@@ -231,4 +234,4 @@ def test_summary_that_is_not_finished_or_damaged_is_run_again(trainer):
     os.makedirs(unit.folder)
     for content in (json.dumps({"finished": False}), "{", "[]"):
         pathlib.Path(unit.folder, "summary.json").write_text(content)
-        assert not engine.is_finished(unit)
+        assert not engine.is_finished(unit.folder)

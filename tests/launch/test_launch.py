@@ -54,6 +54,9 @@ def launch(*arguments, cwd=ROOT, cache=None, timeout=280):
         (["--sweep=wrong"], "the nearest valid name is config.model.pattern"),
         (["--sweep=two", "--config.model.pattern=causal()"], "is set by the sweep itself"),
         (["--engine=nowhere"], "--engine=nowhere"),
+        (["--engine=skypilot"], "--accelerators=None must be what to rent"),
+        (["--engine=ray", "--ray-resources=CPU"], "could not convert"),
+        (["--profile=7"], "profile='7' must be START:STOP"),
         (["--swep=two"], "swep"),
         (["two"], "argument 'two' must be a flag"),
     ],
@@ -81,7 +84,7 @@ def test_a_missing_config_or_workdir_is_named(config_path, tmp_path):
 def test_command_line_overrides_reach_every_run(config_path):
     result = launch(
         f"--config={config_path}:local", "--config.optim.lr=3e-4", "--sweep=two", "--workdir=w",
-        "--engine=print",
+        "--engine=print", "--profile=3:4", "--dump-hlo",
     )  # fmt: skip
     lines = result.stdout.splitlines()
     assert result.returncode == 0
@@ -91,6 +94,7 @@ def test_command_line_overrides_reach_every_run(config_path):
         assert f"--config={config_path}:local " in line
         assert "--config.optim.lr=0.0003" in line
         assert f"--config.name={name}" in line
+        assert line.endswith(" --dump-hlo --profile=3:4")
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_attn.train import checkpoint, optim, state
+from sparse_attn.train import checkpoint, digests, optim, state
 
 # Orbax leaves the futures of reads that fail to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -96,9 +96,26 @@ def rename(folder, step):
     (folder / str(step)).rename(folder / str(step + 1))
 
 
+def other_tree(folder, step, change):
+    """A whole and honest checkpoint of something else in the place of this step."""
+    shutil.rmtree(folder / str(step))
+    other = make_state(step)
+    other.params["dense"]["kernel"] = change(other.params["dense"]["kernel"])
+    with checkpoint.Checkpoints(folder, keep=5) as checkpoints:
+        checkpoints.save(step, other, data_state={"next": step})
+
+
+def wrong_shape(folder, step):
+    other_tree(folder, step, lambda x: x[:, :10])
+
+
+def wrong_dtype(folder, step):
+    other_tree(folder, step, lambda x: x.astype(jnp.bfloat16))
+
+
 DAMAGES = (
     truncate, delete, flip_bit, empty, delete_manifest, delete_meta, truncate_meta,
-    change_data_state, rename,
+    change_data_state, rename, wrong_shape, wrong_dtype,
 )  # fmt: skip
 
 
@@ -126,6 +143,8 @@ def test_damage_falls_back_to_the_step_before(tmp_path, caplog, damage):
     assert len(lines) == 1
     assert "rejected" in lines[0]
     assert "\n" not in lines[0]
+    if damage in (flip_bit, wrong_shape, wrong_dtype):
+        assert "params/dense/kernel" in lines[0]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
@@ -138,20 +157,20 @@ def test_damage_to_all_steps_is_one_error_that_names_them(tmp_path, damage):
 
 def test_flipped_bit_is_found_by_digest_wherever_it_is(tmp_path):
     # Orbax may notice some flips itself; a flip in the numbers only the digest sees.
-    state_arrays = checkpoint._named_arrays(make_state(1))
-    before, _ = checkpoint._digests(state_arrays)
+    state_arrays = digests.named(make_state(1))
+    before = digests.of(state_arrays)
     rng = np.random.default_rng(0)
     for name, x in state_arrays.items():
         raw = np.array(x)
         flat = raw.reshape(-1).view(np.uint8)
         flat[rng.integers(flat.size)] ^= 1 << rng.integers(8)
-        after, _ = checkpoint._digests({**state_arrays, name: raw})
-        assert [n for n in before if before[n] != after[n]] == [name]
+        after = digests.of({**state_arrays, name: raw})
+        assert [n for n in before if before[n]["digest"] != after[n]["digest"]] == [name]
 
 
 def test_digest_sees_exchanged_elements():
-    a, b = (checkpoint._digests({"x": jnp.array(v)})[0]["x"] for v in ([[1.0, 2.0]], [[2.0, 1.0]]))
-    assert a != b
+    a, b = (digests.of({"x": jnp.array(v)})["x"] for v in ([[1.0, 2.0]], [[2.0, 1.0]]))
+    assert a["digest"] != b["digest"]
 
 
 def test_rejected_steps_do_not_block_saving_them_again(tmp_path):
@@ -169,6 +188,9 @@ def test_rejected_steps_do_not_block_saving_them_again(tmp_path):
 def test_stray_and_temporary_files_do_not_matter(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "1" / "notes.txt").write_text("mine")
+    (tmp_path / "1" / "state" / "notes.txt").write_text("mine")
+    (tmp_path / "8").write_text("a file where a step would be")
     (tmp_path / "9.orbax-checkpoint-tmp").mkdir()
     (tmp_path / "9.orbax-checkpoint-tmp" / "state").write_text("half")
     assert restore(tmp_path).step == 1
@@ -213,6 +235,20 @@ def test_not_finite_is_not_saved(tmp_path):
         with pytest.raises(FloatingPointError, match="params/norm/scale"):
             checkpoints.save(1, bad, data_state=None)
         assert checkpoints.steps() == []
+
+
+def test_what_was_not_finite_is_not_restored_whoever_saved_it(tmp_path, caplog, monkeypatch):
+    bad = make_state(2)
+    bad.params["norm"]["scale"] = bad.params["norm"]["scale"].at[3].set(jnp.inf)
+    save(tmp_path, 1)
+    honest = digests.of
+    with checkpoint.Checkpoints(tmp_path) as checkpoints, monkeypatch.context() as patch:
+        patch.setattr(
+            digests, "of", lambda x: {n: c | {"finite": True} for n, c in honest(x).items()}
+        )
+        checkpoints.save(2, bad, data_state={"next": 2})
+    assert restore(tmp_path).step == 1
+    assert "step 2 rejected: params/norm/scale is not finite" in caplog.text
 
 
 def test_latest_and_best_are_kept_also_after_reopening(tmp_path):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_attn.train import checkpoint, loop, metrics, state
+from sparse_attn.train import checkpoint, flops, loop, metrics, profiling, state
+from sparse_attn.train import ledger as ledger_lib
 from tests.train import tiny
 
 MODEL, OPTIMIZER = tiny.model(), tiny.optimizer()
@@ -146,7 +147,7 @@ def test_progress_is_told(capsys):
 
 
 def test_the_ledger_adds_up(tmp_path):
-    ledger = loop.Ledger()
+    ledger = ledger_lib.Ledger()
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
         loop.fit(
             start(), STEP, tiny.Batches(), steps=3, checkpoints=checkpoints, ledger=ledger,
@@ -154,8 +155,52 @@ def test_the_ledger_adds_up(tmp_path):
         )  # fmt: skip
         saved = checkpoints.restore(start()).extra["ledger"]
     assert ledger.tokens == saved["tokens"] == 3 * tiny.BATCH * tiny.CONTEXT
-    assert set(ledger.seconds) == {"data", "compile", "step", "evaluate", "checkpoint"}
-    assert loop.Ledger(**saved).seconds.keys() <= ledger.seconds.keys()
+    assert set(ledger.seconds) == {"data_wait", "compile", "step", "eval", "checkpoint"}
+    assert saved["step"] == 3
+    assert saved["seconds"]["step"] > 0
+
+
+def test_utilization_is_of_the_windows_in_the_lines():
+    write = Recorder()
+    per_step = 3.0 * tiny.BATCH * tiny.CONTEXT
+    loop.fit(
+        start(), STEP, tiny.Batches(), steps=6, log_every=2, write=write,
+        utilization=flops.Utilization(useful_per_token=2.0, executed_per_step=per_step, peak=1e9),
+    )  # fmt: skip
+    rates, useful, executed = (
+        write.of(f"perf/{name}") for name in ("tokens_per_s", "mfu_useful", "mfu_executed")
+    )
+    assert set(useful) == set(executed) == {4, 6}
+    for step, rate in rates.items():
+        assert useful[step] == pytest.approx(2 * rate / 1e9)
+        assert executed[step] == pytest.approx(3 * rate / 1e9)
+
+
+def test_profiled_are_the_steps_of_the_window(monkeypatch):
+    seen = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: seen.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: seen.append("stop"))
+
+    def step(*arguments):
+        seen.append("step")
+        return STEP(*arguments)
+
+    with profiling.Profiler("there", profiling.ProfileWindow(2, 3)) as profiler:
+        loop.fit(start(), step, tiny.Batches(), steps=4, profiler=profiler)
+    assert seen == ["step", "start", "step", "step", "stop", "step"]
+
+
+def test_the_watchdog_is_told_before_everything_that_takes_time(tmp_path):
+    beats = []
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        loop.fit(
+            start(), STEP, tiny.Batches(), steps=2, checkpoints=checkpoints, beat=beats.append,
+            evaluate=lambda params: {"bits_per_byte": 1.0},
+        )  # fmt: skip
+    assert beats == [
+        "step 1", "step 2", "the evaluation after step 2", "the checkpoint of step 2",
+        "the last step and checkpoint",
+    ]  # fmt: skip
 
 
 def test_wrong_arguments_are_named():

@@ -1,0 +1,1 @@
+"""Many devices: the mesh and its rules, attention over its axes, token orders that balance work."""
