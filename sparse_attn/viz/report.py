@@ -3,12 +3,14 @@
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from sparse_attn import patterns
 from sparse_attn.patterns import per_layer
+from sparse_attn.selection import base as selection_base
 from sparse_attn.viz import plots, show, tables
 
 _BLOCK = 16  # tokens per pixel of a block map, as long as the context stays small
@@ -29,9 +31,11 @@ def write(workdir: str | os.PathLike[str], runs: Sequence[tuple[str, str]]) -> s
         {
             title: {name: tables.series(lines, key) for name, lines in metrics.items()}
             for title, key in (
-                ("training loss, nats per token", tables.TRAIN_LOSS),
+                ("training loss, nats", tables.TRAIN_LOSS),
                 ("validation bits per byte", tables.VAL_BPB),
+                ("accuracy on test images", tables.ACCURACY),
             )
+            if any(key in line for lines in metrics.values() for line in lines)
         },
         root / "report" / "loss.png",
     )
@@ -50,13 +54,12 @@ def write(workdir: str | os.PathLike[str], runs: Sequence[tuple[str, str]]) -> s
         tables.markdown(tables.RESULT_COLUMNS, rows),
         tables.RESULT_NOTE,
         "## Loss",
-        "![Training loss and validation bits per byte by step](report/loss.png)",
+        "![Training loss and validation by step](report/loss.png)",
         "## What a query sees",
         "Queries run from top to bottom, keys from left to right. White: nothing visible in the "
         "block, light: some pairs, dark: all.",
         "![Block maps of the patterns](report/patterns.png)",
-        "## Samples",
-        *(_sample(name, folder) for name, folder in runs),
+        *_samples(runs),
     ]
     path = root / "report.md"
     path.write_text("\n\n".join(filter(None, parts)) + "\n")
@@ -64,33 +67,46 @@ def write(workdir: str | os.PathLike[str], runs: Sequence[tuple[str, str]]) -> s
 
 
 def _corpus(runs: Sequence[tuple[str, str]]) -> str:
-    """One line per text that was trained on; runs of one sweep usually share it."""
+    """One line per data set that was trained on; runs of one sweep usually share it."""
     texts: dict[str, list[str]] = {}
     for name, folder in runs:
         corpus = tables.read_json(folder, "corpus.json")
         if corpus:
             size, digest = corpus["num_bytes"], corpus["sha256"]
-            text = f"{corpus['name']}, {size:,} bytes, sha256 {digest}"
-            texts.setdefault(text, []).append(name)
+            found = f"{corpus['name']}, {size:,} bytes, sha256 {digest}"
+            texts.setdefault(found, []).append(name)
     return "\n\n".join(
-        f"Text: {text}." if len(texts) == 1 else f"Text of {', '.join(names)}: {text}."
-        for text, names in texts.items()
+        f"Data: {found}." if len(texts) == 1 else f"Data of {', '.join(names)}: {found}."
+        for found, names in texts.items()
     )
 
 
 def _block_maps(name: str, folder: str) -> dict[str, UInt8[np.ndarray, "height width 3"]]:
     config = tables.read_json(folder, "config.json")
-    expressions, context = config["model"]["pattern"], config["data"]["context"]
+    expressions, context = config["model"]["pattern"], _row_tokens(config, folder)
     if isinstance(expressions, str):
         parsed = patterns.parse(expressions)
         layers = parsed.patterns if isinstance(parsed, per_layer.PerLayer) else (parsed,)
     else:
         layers = tuple(patterns.parse(expression) for expression in expressions)
     block = max(1, min(_BLOCK, context // 8))
-    return {
-        name if len(layers) == 1 else f"{name}, layer {i}": show.image(layer, context, block)
-        for i, layer in enumerate(layers)
-    }
+    maps = {}
+    for i, layer in enumerate(layers):
+        title = name if len(layers) == 1 else f"{name}, layer {i}"
+        if isinstance(layer, selection_base.Selector):
+            title, layer = f"{title} (chooses from)", layer.pattern
+        maps[title] = show.image(layer, context, block)
+    return maps
+
+
+def _row_tokens(config: dict[str, Any], folder: str) -> int:
+    """Tokens per row: of images the summary knows them."""
+    return config["data"].get("context") or tables.read_json(folder, "summary.json")["row_tokens"]
+
+
+def _samples(runs: Sequence[tuple[str, str]]) -> list[str]:
+    samples = [sample for name, folder in runs if (sample := _sample(name, folder))]
+    return ["## Samples", *samples] if samples else []
 
 
 def _sample(name: str, folder: str) -> str:

@@ -11,16 +11,17 @@ from sparse_attn.train import metrics as metrics_lib
 
 TRAIN_LOSS = "train/loss"
 VAL_BPB = "eval/bits_per_byte"
+ACCURACY = "eval/accuracy"  # of classes
 TOKENS_PER_S = "perf/tokens_per_s"
 
 RESULT_COLUMNS = (
-    *("pattern", "token density", "block density", "val bits/byte", "tokens/s"),
+    *("pattern", "token density", "block density", "val bits/byte or accuracy", "tokens/s"),
     *("attention GFLOPs/step useful", "executed"),
 )
 RESULT_NOTE = (
     "Token density: visible pairs over all pairs of query and key. Block density: blocks with at "
-    "least one visible pair over all blocks. Useful FLOPs count visible pairs, executed FLOPs "
-    "whole blocks, forward and backward of all layers."
+    "least one visible pair over all blocks. Accuracy: test images classified right. Useful FLOPs "
+    "count visible pairs, executed FLOPs whole blocks, forward and backward of all layers."
 )
 
 
@@ -30,7 +31,7 @@ class Progress:
 
     step: str
     checkpoint: str
-    val_bpb: str
+    val_bpb: str  # or the accuracy, with %
     tokens_per_s: str
 
 
@@ -65,6 +66,7 @@ def progress(folder: str | os.PathLike[str]) -> Progress:
     """Reads how far the run in `folder` is."""
     lines = read_metrics(folder)
     _, bpb = series(lines, VAL_BPB)
+    _, accuracy = series(lines, ACCURACY)
     _, speed = series(lines, TOKENS_PER_S)
     steps = [int(line["step"]) for line in lines]
     try:
@@ -75,7 +77,7 @@ def progress(folder: str | os.PathLike[str]) -> Progress:
     return Progress(
         step=str(max(steps)) if steps else "-",
         checkpoint=str(max(saved)) if saved else "-",
-        val_bpb=f"{bpb[-1]:.4f}" if bpb else "-",
+        val_bpb=_validation(bpb[-1] if bpb else None, accuracy[-1] if accuracy else None),
         tokens_per_s=f"{speed[-1]:,.0f}" if speed else "-",
     )
 
@@ -87,7 +89,7 @@ def result_row(name: str, folder: str | os.PathLike[str]) -> tuple[str, ...]:
         name,
         _cell(summary.get("token_density"), "{:.4f}"),
         _cell(summary.get("block_density"), "{:.4f}"),
-        _cell(summary.get("val_bpb"), "{:.4f}"),
+        _validation(summary.get("val_bpb"), summary.get("test_accuracy")),
         _cell(summary.get("tokens_per_s"), "{:,.0f}"),
         _cell(summary.get("useful_flops"), "{:.2f}", 1e-9),
         _cell(summary.get("executed_flops"), "{:.2f}", 1e-9),
@@ -132,6 +134,10 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _is_number(cell: str) -> bool:
     return cell == "-" or cell[:1].isdigit() or (cell[:1] == "-" and cell[1:2].isdigit())
+
+
+def _validation(bpb: float | None, accuracy: float | None) -> str:
+    return _cell(accuracy, "{:.1%}") if bpb is None else _cell(bpb, "{:.4f}")
 
 
 def _cell(value: float | int | None, form: str, factor: float = 1.0) -> str:

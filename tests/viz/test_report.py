@@ -4,8 +4,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from sparse_attn.patterns import local
-from sparse_attn.viz import report, show
+from sparse_attn.patterns import axial, local
+from sparse_attn.viz import report, show, tables
 
 
 def make_run(folder, *, pattern, text="once upon a time", sha256="ab"):
@@ -55,8 +55,8 @@ def test_different_texts_are_told_apart(tmp_path):
     ]
     report.write(tmp_path, runs)
     text = (tmp_path / "report.md").read_text()
-    assert "Text of a: a book" in text
-    assert "Text of b: a book" in text
+    assert "Data of a: a book" in text
+    assert "Data of b: a book" in text
 
 
 @pytest.mark.parametrize("sample", ["```\n# not a heading\n```", "bell \x07 and escape \x1b[31m"])
@@ -74,3 +74,24 @@ def test_a_run_without_a_sample_has_none(tmp_path):
     (tmp_path / "0" / "sample.txt").unlink()
     report.write(tmp_path, [("a", folder)])
     assert "**a**" not in (tmp_path / "report.md").read_text()
+
+
+def test_images_are_rated_by_accuracy_and_have_no_sample(tmp_path):
+    folder = tmp_path / "0"
+    made = make_run(folder, pattern="axial(shape=(4, 4), axes=(1,))")
+    (folder / "sample.txt").unlink()
+    config = {"model": {"pattern": "axial(shape=(4, 4), axes=(1,))"}, "data": {"name": "digits"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    lines = [{"step": s, "train/loss": 2 / s, "eval/accuracy": s / 4} for s in (1, 2, 3)]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    summary = {"finished": True, "test_accuracy": 0.75, "row_tokens": 16}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    report.write(tmp_path, [("rows", made)])
+    text = (tmp_path / "report.md").read_text()
+    assert "| rows | - | - | 75.0% |" in text
+    assert "## Samples" not in text
+    assert tables.progress(made).val_bpb == "75.0%"
+    np.testing.assert_array_equal(
+        report._block_maps("rows", made)["rows"],
+        show.image(axial.Axial(shape=(4, 4), axes=(1,)), 16, 2),
+    )

@@ -163,7 +163,7 @@ def test_a_million_tokens(text):
     assert (pixels[np.triu_indices(512, 1)] == 255).all()
     assert (pixels[np.arange(512), np.arange(512)] < 230).any(-1).all()
     assert "one character = 128 x 128 blocks" in drawn
-    assert peak < 200e6
+    assert peak < 300e6  # Strides: 4.2 million active blocks, 60 bytes each while they are sorted.
 
 
 def test_uncounted_tokens_are_said_to_be():
