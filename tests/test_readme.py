@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -63,7 +64,10 @@ def test_launch_commands_parse(command, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "error" not in result.stderr
-    runs = 5 if "--sweep=patterns" in words else 1
+    (config,) = (w.partition("=")[2] for w in words if w.startswith("--config="))
+    runs = 1
+    if "--sweep=patterns" in words:
+        runs = len(list(runpy.run_path(str(ROOT / config))["sweep_patterns"]()))
     assert len(result.stdout.strip().splitlines()) == (runs + 2 if "--status" in words else runs)
 
 
