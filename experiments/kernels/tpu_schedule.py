@@ -84,7 +84,7 @@ def compile_kernels(generation: str, f: Callable, args: Any, dump: str) -> dict[
 
 
 def read_kernel(path: pathlib.Path, mxu: tuple[int, int]) -> Kernel | None:
-    """Cuts the bundles of a kernel at its predicated regions; None where it has no product."""
+    """Cuts a kernel's bundles at its predicated regions; None if it has no loop over products."""
     units, cycles = mxu
     bundles = read_bundles(path)
     starts, ends = {}, {}
@@ -101,7 +101,10 @@ def read_kernel(path: pathlib.Path, mxu: tuple[int, int]) -> Kernel | None:
     if not bodies:
         return None
     around = [(a, b) for a, b in regions if a <= bodies[0][0] and b >= bodies[-1][1]]
-    loop = max((r for r in around if r not in bodies), key=lambda r: r[1] - r[0])
+    loops = [r for r in around if r not in bodies]
+    if not loops:  # XLA's own products, of a cumulative sum for instance.
+        return None
+    loop = max(loops, key=lambda r: r[1] - r[0])
     size = lambda region: region[1] - region[0] + 1  # noqa: E731
     near = 40  # Bundles between neighbouring regions, at most.
     opening = [r for r in regions if bodies[0][0] - near < r[1] < bodies[0][0]]

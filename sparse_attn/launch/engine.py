@@ -83,7 +83,7 @@ def conclude(units: Sequence[units_lib.WorkUnit], workdir: str, codes: dict[str,
 
 def status(units: Sequence[units_lib.WorkUnit]) -> str:
     """A table of where every unit stands, read from the run folders only."""
-    columns = ("unit", "name", "state", "step", "checkpoint", "restarts", "val bpb", "tokens/s")
+    columns = ("unit", "name", "state", "step", "checkpoint", "restarts", "validation", "tokens/s")
     rows = []
     for unit in units:
         progress = tables.progress(unit.folder)

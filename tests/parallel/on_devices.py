@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_attn.masks import block_mask, lower
+from sparse_attn.masks import block_mask, lower, reorder
 from sparse_attn.models import transformer
 from sparse_attn.ops import attend as attend_lib
+from sparse_attn.ops import reordered
 from sparse_attn.parallel import attention, balance, mesh, split
-from sparse_attn.patterns import causal, local, per_head, per_layer, sinks
+from sparse_attn.patterns import causal, local, neighborhood, per_head, per_layer, sinks
 from sparse_attn.train import optim
 from sparse_attn.train import state as state_lib
 
@@ -308,6 +309,25 @@ def test_a_row_that_the_mesh_does_not_divide_is_computed_whole():
     with jax.set_mesh(mesh.make("data=2,seq=2,tensor=2")):
         out = jax.jit(lambda q, k, v: attention.attend(q, k, v, mask=WINDOW))(q, k, v)
     np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
+def test_reordered_attention_splits_over_rows_and_heads():
+    near = neighborhood.Neighborhood(shape=(8, 8), kernel_size=3)
+    expected = attend_lib.attend(Q, KEYS, V, mask=near)
+
+    def run(q, k, v):
+        tiles = reorder.Tiles((8, 8), (4, 4))
+        return reordered.attend_reordered(q, k, v, mask=near, order=tiles)
+
+    on = mesh.make("data=2,tensor=2")
+    spec = jax.sharding.PartitionSpec("data", None, "tensor")
+    by_hand = jax.jit(
+        jax.shard_map(run, mesh=on, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    )
+    placed = [jax.device_put(x, jax.sharding.NamedSharding(on, spec)) for x in (Q, KEYS, V)]
+    for out in (by_hand(*placed), jax.jit(run)(*placed)):
+        assert out.sharding.shard_shape(out.shape) == (B // 2, T, N // 2, H)
+        np.testing.assert_allclose(out, expected, atol=1e-6)
 
 
 def test_batches_of_a_mesh_are_the_rows_in_their_order():
