@@ -298,9 +298,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--generations",
-        nargs="+",
+        nargs="*",
         default=list(tpu_schedule.GENERATIONS),
         choices=tpu_schedule.GENERATIONS,
+        help="default all; none = only the table, from the records there are",
     )
     parser.add_argument("--workloads", nargs="+", help="first words of their names; default all")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="a folder")

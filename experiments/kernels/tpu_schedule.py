@@ -4,7 +4,6 @@ import dataclasses
 import os
 import pathlib
 import re
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,11 +18,6 @@ GENERATIONS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v
 # float32 has 8): those of v6e have 256 lanes, which products of 128 fill by half, and take two rows
 # a cycle.
 MXU = {"v4": (4, 16), "v5e": (4, 16), "v5p": (4, 16), "v6e": (2, 8)}
-# Slots of a bundle on v5e; shares on the other generations are relative to these.
-SLOTS = {
-    "matmul": 4, "matpush": 4, "xlu": 3, "valu": 4, "vpop": 2, "eup": 1, "vload": 3, "fill": 3,
-    "vstore": 1, "spill": 1, "salu": 2,
-}  # fmt: skip
 UTILIZATION = "final_hlo-static-per-bundle-utilization.txt"
 
 
@@ -111,16 +105,9 @@ def read_kernel(path: pathlib.Path, mxu: tuple[int, int]) -> Kernel | None:
     closing = [r for r in regions if bodies[-1][1] < r[0] < bodies[-1][1] + near]
     first = max(map(size, opening), default=0)
     last = max(map(size, closing), default=0)
-    table = utilization(path, len(bundles))
+    slots, table = utilization(path, len(bundles))
     shares = [
-        dict(
-            zip(
-                SLOTS,
-                (table[a : b + 1].mean(0) / np.array([*SLOTS.values()])).round(3).tolist(),
-                strict=True,
-            )
-        )
-        for a, b in bodies
+        dict(zip(slots, table[a : b + 1].mean(0).round(3).tolist(), strict=True)) for a, b in bodies
     ]
     lengths = [size(r) for r in bodies]
     name = re.sub(r"^\d+-", "", path.name).split("-")[0]
@@ -149,24 +136,25 @@ def read_bundles(path: pathlib.Path) -> list[str]:
     return bundles
 
 
-def utilization(path: pathlib.Path, bundles: int) -> np.ndarray:
-    """Slots used, `[bundles, slots]`, from the file that the compiler writes beside `path`.
+def utilization(path: pathlib.Path, bundles: int) -> tuple[list[str], np.ndarray]:
+    """Names of the slots of a bundle, and the share of each that every bundle uses.
+
+    Read from the file that the compiler writes beside `path`; which slots it tells apart depends on
+    the version of libtpu.
 
     Raises:
         ValueError: No file beside it has a line per bundle and a number per slot.
     """
     program = re.sub(r"-\d+-final_bundles.txt$", "", path.name)
-    found = ""
-    for _ in range(60):  # The compiler's threads may still be writing.
-        for beside in path.parent.iterdir():
-            if beside.name.startswith(f"{program}-") and beside.name.endswith(UTILIZATION):
-                rows = beside.read_text().partition("== UTILIZATION:\n")[2].strip().split("\n")
-                widths = {len(row.split()) for row in rows}
-                if len(rows) == bundles and widths == {len(SLOTS)}:
-                    return np.array([row.split() for row in rows], int)
-                found += f"; {beside.name}: {len(rows)} lines of {sorted(widths)} numbers"
-        time.sleep(0.5)
+    for beside in path.parent.iterdir():
+        if beside.name.startswith(f"{program}-") and beside.name.endswith(UTILIZATION):
+            head, _, rows = beside.read_text().partition("== UTILIZATION:\n")
+            _, names, capacity = head.strip().split("\n")
+            slots = [name.strip().lower() for name in names.split(",")]
+            table = np.array(rows.split(), int)
+            if table.size == bundles * len(slots):
+                return slots, table.reshape(bundles, -1) / np.array(capacity.split(), int)
     raise ValueError(
-        f"{path.name} has {bundles} bundles of {len(SLOTS)} slots, no table beside it does: either"
-        f" the dump is incomplete or its format changed{found[-500:]}"
+        f"{path.name} has {bundles} bundles, and no table beside it has a line for each: the dump"
+        " is incomplete, or its format changed"
     )

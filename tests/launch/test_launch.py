@@ -140,7 +140,7 @@ def test_a_real_sweep_runs_skips_and_reports(config_path, tmp_path):
         ["dense", "finished", "6", "6"],
         ["window", "finished", "6", "6"],
     ]
-    assert [float(row[5]) for row in rows] == [round(s["val_bpb"], 4) for s in summaries]
+    assert [float(row[6]) for row in rows] == [round(s["val_bpb"], 4) for s in summaries]
 
     other = launch(*arguments, "--config.seed=1", "--status", cwd=tmp_path)
     assert other.stdout.count("not started") == 2
