@@ -196,7 +196,7 @@ def test_status(trainer, capfd):
     engine.run_local(work[:3], trainer)
     lines = engine.status(work).splitlines()
     assert lines[0].split() == [
-        *("unit", "name", "state", "step", "checkpoint", "restarts", "val", "bpb", "tokens/s"),
+        *("unit", "name", "state", "step", "checkpoint", "restarts", "validation", "tokens/s"),
     ]
     rows = {line.split()[1]: line.split()[2:] for line in lines[2:]}
     assert rows["done"] == ["finished", "2", "2", "0", "3.2500", "1,234"]

@@ -99,10 +99,11 @@ def documents(length, head_dim):
 
 def selected(length, head_dim):
     """Run-time lists that are arguments of the jitted function."""
-    blocks = -(-length // 512)
+    block = max(512, length // 64)  # Compiling takes the longer, the more blocks there are.
+    blocks = -(-length // block)
     mask = block_mask.from_block_states(
         np.ones((1, KV_HEADS, blocks, blocks), np.int32), rule=causal.Causal(),
-        q_len=length, kv_len=length, block_q=512, block_kv=512,
+        q_len=length, kv_len=length, block_q=block, block_kv=block,
     )  # fmt: skip
     f = gradients(lambda q, k, v, mask: attend(q, k, v, mask=mask))
     return f, (*arrays(length, head_dim), mask)
