@@ -63,8 +63,8 @@ lint: $(VENV)/.requirements-dev
 # without those that would tell nothing new: of the TPU's and Triton's own compilers, of patterns in
 # NumPy alone, and the costlier properties of what other tests run there too.
 SAME_ON_PY311 := $(addprefix --ignore=tests/,ops/test_tpu_aot.py ops/test_triton_gpu.py \
-  ops/test_properties.py ops/test_reordered.py ops/test_search.py patterns selection/test_contract.py \
-  test_notebooks.py test_pattern_table.py test_makefile.py)
+  ops/test_properties.py ops/test_reordered.py ops/test_search.py patterns selection \
+  models/test_presets.py test_notebooks.py test_pattern_table.py test_makefile.py)
 test-py311: $(VENV)/.requirements-dev
 	if [ "$$($(VENV)/bin/python -c 'import sys; print(sys.version_info[:2])')" = "(3, 11)" ]; then \
 	  echo "test-py311: 'make test' already runs on Python 3.11, nothing to add"; \
