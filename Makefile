@@ -60,11 +60,11 @@ lint: $(VENV)/.requirements-dev
 	$(VENV)/bin/ruff check .
 
 # The oldest supported Python stops at jax 0.10.x: the fast tests once more, with fewer draws, and
-# without those that would tell nothing new: of the TPU's and Triton's own compilers, of patterns in
+# without those that would tell nothing new: of the TPU's and Triton's own compilers, of what runs in
 # NumPy alone, and the costlier properties of what other tests run there too.
-SAME_ON_PY311 := $(addprefix --ignore=tests/,ops/test_tpu_aot.py ops/test_triton_gpu.py \
-  ops/test_properties.py ops/test_reordered.py ops/test_search.py patterns selection \
-  models/test_presets.py test_notebooks.py test_pattern_table.py test_makefile.py)
+SAME_ON_PY311 := $(addprefix --ignore=tests/,masks patterns selection viz models/test_presets.py \
+  ops/test_properties.py ops/test_reordered.py ops/test_search.py ops/test_tpu_aot.py \
+  ops/test_triton_gpu.py test_makefile.py test_notebooks.py test_pattern_table.py)
 test-py311: $(VENV)/.requirements-dev
 	if [ "$$($(VENV)/bin/python -c 'import sys; print(sys.version_info[:2])')" = "(3, 11)" ]; then \
 	  echo "test-py311: 'make test' already runs on Python 3.11, nothing to add"; \
