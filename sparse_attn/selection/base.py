@@ -21,10 +21,10 @@ from jaxtyping import Array, Bool, Float, Int
 from sparse_attn.masks import block_mask, lower, reorder, segments
 from sparse_attn.ops import attend as attend_lib
 from sparse_attn.ops import reordered, scoring
-from sparse_attn.patterns import base, causal, local, permuted
+from sparse_attn.patterns import base, causal, full, local, permuted
 
 TABLES = ("query", "kv")
-CAUSAL, DIAGONAL = causal.Causal(), local.Local(window=1)
+CAUSAL, DIAGONAL, EVERYTHING = causal.Causal(), local.Local(window=1), full.Full()
 
 
 class Blocks(NamedTuple):

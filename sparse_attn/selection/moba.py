@@ -1,11 +1,13 @@
 """Blocks of keys for every single query, by the product with their mean key."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sparse_attn.ops import scoring
+from sparse_attn.ops.token_select import lists
 from sparse_attn.patterns import local, sinks
 from sparse_attn.selection import base
 
@@ -20,6 +22,8 @@ class Moba(base.BlockScores):
 
     The rows of the mask are single queries (block_q = 1), which is exact, on backends that take
     such rows; its lists have T * S / block_kv entries per head, and every query is a row of work.
+    `lists` gives the same choice to `ops.token_select`, which packs queries that chose alike; a
+    layer of a model does so wherever `as_lists` says that it can.
 
     >>> import jax
     >>> q, k = jax.random.normal(jax.random.key(0), (2, 1, 64, 2, 8))
@@ -48,6 +52,38 @@ class Moba(base.BlockScores):
         past = ends <= np.arange(q.shape[1])[:, None]
         inner = blocks._replace(candidates=blocks.candidates & past, guard=blocks.guard & past)
         return self.choose(self.scores(q, k, blocks), inner, k.shape[2])
+
+    @property
+    def as_lists(self) -> bool:
+        """True where the choice is one list of `top_k` blocks and the own one for every query."""
+        return (
+            type(self) is Moba
+            and isinstance(self.top_k, int)
+            and (self.tables, self.pattern, self.always) == ("query", base.CAUSAL, base.DIAGONAL)
+        )
+
+    def lists(
+        self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], *, segment_ids: Any = None
+    ) -> Int[Array, "B T N m"]:
+        """The choice of `select` as lists for `ops.token_select`, -1 = none.
+
+        Memory follows T * top_k: the scores exist for some queries at a time.
+
+        Raises:
+          ValueError: the rule is none for which `as_lists` is True.
+
+        >>> import jax
+        >>> q, k = jax.random.normal(jax.random.key(0), (2, 1, 64, 2, 8))
+        >>> Moba(block_kv=16, top_k=2).lists(q, k)[0, 20, 0].tolist()  # query 20: blocks 1 and 0
+        [1, 0, -1]
+        """
+        if not self.as_lists:
+            raise ValueError(
+                f"{self.expression()} must be moba with one top_k and the rest default"
+            )
+        return lists.by_mean_key(
+            q, k, block=self.block_kv, top_k=self.top_k, segment_ids=segment_ids
+        )
 
 
 EXAMPLES = (

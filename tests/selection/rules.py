@@ -11,14 +11,22 @@ import numpy as np
 from sparse_attn.masks import block_mask, lower
 from sparse_attn.ops import attend as attend_lib
 from sparse_attn.patterns import base as patterns_base
-from sparse_attn.selection import base
+from sparse_attn.selection import base, pbs
 
 PACKAGE = "sparse_attn.selection"
 NAMES = patterns_base.discover(PACKAGE)
 BY_NAME = {n: importlib.import_module(f"{PACKAGE}.{n}").EXAMPLES for n in NAMES}
-EXAMPLES = [e for examples in BY_NAME.values() for e in examples]
+MASKS = {n: x for n, x in BY_NAME.items() if not isinstance(x[0], pbs.Reordered)}
+EXAMPLES = [e for examples in MASKS.values() for e in examples]
+REORDERED = [e for n, x in BY_NAME.items() if n not in MASKS for e in x]
 # Each program runs once: compiling it costs more than running it.
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
+
+# Fields that set a budget, and the value that lets all through.
+EVERYTHING = {
+    "top_k": 10_000, "top_p": 1.0, "columns": 10_000, "diagonals": 10_000, "gamma": 1.0,
+    "theta": 1e9, "threshold": 0.0, "density": 1.0,
+}  # fmt: skip
 
 
 def inputs(seed=0, *, batch=2, length=50, kv_len=None, heads=4, kv_heads=2, dim=8):
@@ -92,15 +100,12 @@ def keep_all(rule):
     if not isinstance(rule, base.Selector):
         return patterns_base.parse("full()")
     names = {field.name for field in dataclasses.fields(rule)}
-    changes = {}
-    if "top_k" in names:
+    if isinstance(rule, base.BlockScores):
         given = "top_k" if rule.top_k is not None else "top_p"
         changes = {"top_k": None, "top_p": None, "threshold": None, "min_blocks": None}
         changes[given] = 10_000 if given == "top_k" else 1.0
-    if "columns" in names:
-        changes = {"columns": 10_000, "diagonals": 10_000}
-    if "gamma" in names:
-        changes = {"gamma": 1.0}
+    else:
+        changes = {name: value for name, value in EVERYTHING.items() if name in names}
     if "heads" in names:
         changes = {"heads": tuple(map(keep_all, rule.heads))}
     return dataclasses.replace(rule, **changes)
