@@ -55,7 +55,7 @@ def attention_cost(
     """
     cost = dict.fromkeys(("token_density", "block_density", "useful_flops", "executed_flops"), 0.0)
     sizes = config.head_dim, config.num_heads
-    for counted in _layer_stats(config, context):
+    for counted in layer_stats(config, context):
         cost["token_density"] += counted.token_density / config.num_layers
         cost["block_density"] += counted.block_density / config.num_layers
         for backward in (False, True):
@@ -138,14 +138,20 @@ def utilization(
     if config.remat != "none":  # Kernels are no dots: attention is computed again.
         executed += batch_size * sum(
             counted.executed_flops(config.head_dim, config.num_heads)
-            for counted in _layer_stats(config, context)
+            for counted in layer_stats(config, context)
         )
     useful = 3 * sum(forward.values()) + cost["useful_flops"]
     return Utilization(useful / tokens, executed, one * num_devices)
 
 
 @functools.lru_cache(maxsize=8)  # Counting takes seconds for long contexts.
-def _layer_stats(config: transformer.LayersConfig, context: int) -> list[stats.MaskStats]:
+def layer_stats(config: transformer.LayersConfig, context: int) -> list[stats.MaskStats]:
+    """Counts of the mask of each layer, as `attention_cost` takes them.
+
+    >>> config = transformer.TransformerConfig(vocab_size=64, num_layers=2, embed_dim=32)
+    >>> [counted.block_density for counted in layer_stats(config, 256)]
+    [0.75, 0.75]
+    """
     block = config.block or tiles.mask_block(context)
     counted = {}
     for pattern in config.layer_patterns():

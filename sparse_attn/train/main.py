@@ -37,7 +37,6 @@ from sparse_attn.train import (
     profiling,
     run_folder,
     signals,
-    spikes,
     tasks,
     watchdog,
 )
@@ -132,20 +131,10 @@ class Run:
         # Everything that can be wrong is found before anything is written.
         self.task = tasks.of(config, mesh)
         self.model = self.task.model
-        optim = config["optim"]
-        self.schedule = optim_lib.warmup_cosine(
-            peak=optim["lr"], warmup_steps=optim["warmup_steps"], steps=config["train"]["steps"]
-        )
-        self.optimizer = optim_lib.adamw(
-            self.schedule,
-            b1=optim["b1"],
-            b2=optim["b2"],
-            weight_decay=optim["weight_decay"],
-            clip_norm=optim["clip_norm"],
+        self.optimizer, self.schedule = optim_lib.of(
+            config["optim"], steps=config["train"]["steps"]
         )
         self.watchdog = watchdog.Watchdog(self.folder, seconds=config["train"]["hang_seconds"])
-        if optim["skip_spikes"] is not None:
-            self.optimizer = spikes.skip_spikes(self.optimizer, sigmas=optim["skip_spikes"])
         profiling.cache_compilations(run_folder.cache() / "compiled")
         shardings = None
         if mesh is not None:

@@ -1,11 +1,13 @@
 """The optimizer: AdamW with a warm-up and cosine schedule, decay on matrices only, global clip."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import optax
 from jaxtyping import PyTree
+
+from sparse_attn.train import spikes
 
 # Parameters whose path ends in one of these are not decayed: they set scales, not directions, or
 # (the gates of a selector) get no gradient from the loss that would hold them.
@@ -87,3 +89,31 @@ def adamw(
     if clip_norm is None:
         return update
     return optax.chain(optax.clip_by_global_norm(clip_norm), update)
+
+
+def of(
+    settings: Mapping[str, Any], *, steps: int
+) -> tuple[optax.GradientTransformation, Callable[[Any], Any]]:
+    """The optimizer and the schedule of `config.optim`, for so many steps.
+
+    Raises:
+      ValueError: as `warmup_cosine`, `adamw` and `spikes.skip_spikes`.
+
+    >>> settings = dict(lr=1.0, warmup_steps=0, b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0,
+    ...                 skip_spikes=None)
+    >>> float(of(settings, steps=10)[1](0))
+    1.0
+    """
+    schedule = warmup_cosine(
+        peak=settings["lr"], warmup_steps=settings["warmup_steps"], steps=steps
+    )
+    optimizer = adamw(
+        schedule,
+        b1=settings["b1"],
+        b2=settings["b2"],
+        weight_decay=settings["weight_decay"],
+        clip_norm=settings["clip_norm"],
+    )
+    if settings["skip_spikes"] is not None:
+        optimizer = spikes.skip_spikes(optimizer, sigmas=settings["skip_spikes"])
+    return optimizer, schedule
