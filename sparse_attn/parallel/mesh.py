@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
 AXES = ("data", "fsdp", "seq", "tensor")
 # What the letters of an activation are split over; see `shard`.
@@ -217,7 +217,8 @@ class Batches:
     """What each process reads of a batch, and the global arrays that its rows become.
 
     Processes whose devices hold the same rows (`seq` or `tensor` across processes) read the same
-    rows. A change of the mesh or of the number of processes changes no batch.
+    rows. A change of the mesh or of the number of processes changes which rows are in no batch; it
+    may change their order, where the devices of a process are not neighbours in the mesh.
 
     Attributes:
       shard_index, shard_count: for `data.text.loader`: this process reads rows
@@ -253,18 +254,12 @@ class Batches:
         self._places = places
         self._shape = (batch_size, length)
         self._sharding = jax.sharding.NamedSharding(mesh, P(ACTIVATIONS["batch"], "seq"))
-        held = self._sharding.addressable_devices_indices_map(self._shape).values()
-        bounds = sorted({index[0].indices(batch_size)[:2] for index in held})
-        self._first, last = bounds[0][0], bounds[-1][1]
-        self._rows = last - self._first
-        covered = sum(hi - lo for lo, hi in bounds)
-        if covered != self._rows or batch_size % self._rows or self._first % self._rows:
-            raise ValueError(
-                f"process {jax.process_index()} would hold rows {bounds} of {batch_size}: the "
-                "devices of a process must hold rows in one piece; change mesh.axes"
-            )
-        self.shard_index = self._first // self._rows
-        self.shard_count = batch_size // self._rows
+        held: dict[int, set[tuple[int, int]]] = {}
+        for device, index in self._sharding.devices_indices_map(self._shape).items():
+            held.setdefault(device.process_index, set()).add(index[0].indices(batch_size)[:2])
+        self._read, sets = rows_read(held, batch_size=batch_size)
+        self.shard_index, self.shard_count = sets[jax.process_index()], len(set(sets.values()))
+        self._first = self.shard_index * (batch_size // self.shard_count)
 
     def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """The global arrays `[batch_size, ...]` of the rows that this process read, or of all.
@@ -284,9 +279,41 @@ class Batches:
 
             def part(index):
                 lo, hi, _ = index[0].indices(self._shape[0])
-                return x[(slice(lo - first, hi - first), *index[1:])]
+                start = int(self._read[lo]) - first
+                return x[(slice(start, start + hi - lo), *index[1:])]
 
             shape = (self._shape[0], *x.shape[1:])
             return jax.make_array_from_callback(shape, sharding, part)
 
         return {name: put(x) for name, x in batch.items()}
+
+
+def rows_read(
+    held: Mapping[int, set[tuple[int, int]]], *, batch_size: int
+) -> tuple[Int[np.ndarray, "rows"], dict[int, int]]:
+    """Which row that is read goes to each row of the batch, and the share that a process reads.
+
+    A process reads consecutive rows. A mesh follows the wires between the devices of a pod, so
+    those of a process may be anywhere in it: rows are then put into another order, in blocks.
+
+    Args:
+      held: by process, the (first, end) rows that its devices hold.
+      batch_size: rows.
+
+    Raises:
+      ValueError: two processes hold some of their rows in common and not all, or not equally many.
+
+    >>> rows, shares = rows_read({0: {(0, 1), (2, 3)}, 1: {(1, 2), (3, 4)}}, batch_size=4)
+    >>> rows.tolist(), shares
+    ([0, 2, 1, 3], {0: 0, 1: 1})
+    """
+    blocks = {process: tuple(sorted(of)) for process, of in held.items()}
+    sets = sorted(set(blocks.values()))
+    rows = [[row for lo, hi in of for row in range(lo, hi)] for of in sets]
+    order = np.array([row for of in rows for row in of])
+    if len(set(map(len, rows))) > 1 or not np.array_equal(np.sort(order), np.arange(batch_size)):
+        raise ValueError(
+            f"processes would hold rows {sets} of {batch_size}: they must hold equally many, and "
+            "the same ones or none in common; change mesh.axes"
+        )
+    return np.argsort(order), {process: sets.index(of) for process, of in blocks.items()}

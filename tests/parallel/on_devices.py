@@ -353,3 +353,11 @@ def test_the_whole_state_survives_a_replaced_field():
         for m in (model, transformer.Transformer(other))
     ]
     assert shapes[0] == shapes[1]
+
+
+def test_rows_are_put_where_their_process_is(monkeypatch):
+    batches = mesh.Batches(mesh.make("data=4,seq=2"), batch_size=8, length=4)
+    blocks = np.array([0, 1, 4, 5, 6, 7, 2, 3])  # As if the devices of two hosts were mixed.
+    monkeypatch.setattr(batches, "_read", blocks)
+    x = np.arange(32, dtype=np.int32).reshape(8, 4)
+    np.testing.assert_array_equal(batches.place({"inputs": x})["inputs"], x[blocks])

@@ -114,3 +114,24 @@ def test_tokens_name_mistakes():
             *map(jax.numpy.asarray, (q, q, q)), mask=local.Local(window=2),
             tokens=attention.Tokens(order=(1, 0)),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("held", "rows", "shares"),
+    [
+        ({0: {(0, 2)}, 1: {(2, 4)}}, [0, 1, 2, 3], {0: 0, 1: 1}),
+        ({0: {(2, 4)}, 1: {(0, 2)}}, [0, 1, 2, 3], {0: 1, 1: 0}),
+        ({0: {(0, 4)}, 1: {(0, 4)}}, [0, 1, 2, 3], {0: 0, 1: 0}),
+        ({0: {(0, 1), (3, 4)}, 1: {(1, 2), (2, 3)}}, [0, 2, 3, 1], {0: 0, 1: 1}),
+    ],
+)
+def test_rows_of_processes_anywhere_in_the_mesh(held, rows, shares):
+    read, found = mesh.rows_read(held, batch_size=4)
+    assert read.tolist() == rows
+    assert found == shares
+
+
+@pytest.mark.parametrize("held", [{0: {(0, 2)}, 1: {(1, 4)}}, {0: {(0, 1)}, 1: {(1, 4)}}])
+def test_rows_that_processes_cannot_share_out(held):
+    with pytest.raises(ValueError, match="processes would hold rows"):
+        mesh.rows_read(held, batch_size=4)
