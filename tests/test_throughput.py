@@ -1,5 +1,6 @@
 """The study of training speed: two devices are held against one, and what differs is told."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -66,12 +67,14 @@ def test_tables_stand_between_the_marks(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2])
-def test_tiny_study_is_accepted(devices):
+def test_tiny_study_is_accepted():
     command = [sys.executable, "-m", "experiments.throughput.study", "--tiny"]
+    # Programs that run for milliseconds are not worth optimising.
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     done = subprocess.run(
-        [*command, f"--devices={devices}"], cwd=ROOT, capture_output=True, text=True
-    )
+        [*command, "--devices=2"],
+        cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tokens/s" in done.stdout
     assert "NOT accepted" not in done.stdout

@@ -242,7 +242,6 @@ class Step:
         if used is not None:
             row["mfu_useful"] = used.useful_per_token * self._length / step_s / used.peak
             row["mfu_executed"] = used.executed_per_step / step_s / used.peak
-            row["tflops_executed"] = used.executed_per_step / step_s / 1e12
         return row | {"grads": grads}
 
 
