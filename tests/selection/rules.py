@@ -25,7 +25,7 @@ COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 # Fields that set a budget, and the value that lets all through.
 EVERYTHING = {
     "top_k": 10_000, "top_p": 1.0, "columns": 10_000, "diagonals": 10_000, "gamma": 1.0,
-    "theta": 1e9, "threshold": 0.0, "density": 1.0,
+    "theta": 1e9, "counts": (10_000,), "threshold": 0.0, "density": 1.0,
 }  # fmt: skip
 
 
