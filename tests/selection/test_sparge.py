@@ -70,7 +70,55 @@ def test_half_of_a_smooth_image_is_skipped_at_five_percent_error():
     assert float(kept_mass.density(rules.select(rule, q, k), full.Full())[0, 0]) == 1
 
 
+def two_stages(rule, q, k, v, **options):
+    return jax.jit(lambda *x: rule.attend_in_two_stages(*x, **options))(q, k, v)
+
+
+def test_no_filter_is_masked_attention_and_everything_is_dense():
+    q, k, v = rules.inputs(batch=1, length=50)
+    for fields in ({"top_p": 1.0}, {"top_p": 0.5, "similarity": 0.06}):
+        rule = sparge.Sparge(block_q=BLOCK, block_kv=BLOCK, **fields)
+        got, skipped = two_stages(rule, q, k, v, skip_below=None)
+        want, _ = rules.attend_masked(q, k, v, rules.select(rule, q, k))
+        np.testing.assert_allclose(got, want, atol=2e-5)
+        assert (skipped == 0).all()
+
+
+@pytest.mark.parametrize("group", [None, 4])
+def test_the_error_of_the_second_stage_is_bounded(group):
+    q, k, v = rules.inputs(3, batch=1, length=256)
+    q = jnp.repeat(q[:, ::BLOCK], BLOCK, 1) * 1.5  # Queries that agree about blocks.
+    rule = sparge.Sparge(block_q=BLOCK, block_kv=BLOCK, top_p=1.0, pattern=full.Full())
+    want = two_stages(rule, q, k, v, skip_below=None)[0]
+    parts = []
+    for below in (-2.0, -6.0):
+        got, skipped = two_stages(rule, q, k, v, skip_below=below, rows_per_group=group)
+        parts.append(float(skipped.mean()))
+        bound = BLOCK * np.exp(below) * np.abs(v).max()  # for each skipped block
+        assert np.abs(got - want).max() <= 256 // BLOCK * bound
+        assert np.abs(got - want).max() > 0
+    assert parts[0] > parts[1] > 0
+
+
+def test_eight_bits_change_little():
+    q, k, v = rules.inputs(5, batch=1, length=64, dim=32)
+    rule = sparge.Sparge(block_q=BLOCK, block_kv=BLOCK, top_p=1.0)
+    exact, low, lowest = (
+        two_stages(rule, q / 2, k, v, skip_below=None, bits=b)[0] for b in (None, 8, 4)
+    )
+    size = jnp.abs(exact).sum()
+    assert float(jnp.abs(low - exact).sum() / size) < 0.02
+    assert float(jnp.abs(lowest - exact).sum() / size) > 0.02
+
+
 def test_wrong_fields_are_named():
+    q, k, v = rules.inputs(batch=1, length=20)
+    for options, message in [
+        ({"skip_below": 1.0}, r"skip_below=1\.0 must be < 0"),
+        ({"rows_per_group": 3}, "rows_per_group=3 must divide block_q=128"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sparge.Sparge(top_p=0.5).attend_in_two_stages(q, k, v, **options)
     with pytest.raises(ValueError, match=r"similarity=2\.0 must be >= -1 and <= 1"):
         sparge.Sparge(top_p=0.5, similarity=2.0)
     with pytest.raises(ValueError, match="tables='kv' must be 'query'"):
