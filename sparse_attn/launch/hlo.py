@@ -134,7 +134,7 @@ class Program:
                 if name.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"
                 if instruction.opcode == "reduce-scatter":
-                    size *= _group_size(instruction.rest)
+                    size *= _group_size(instruction.rest) or 1
                 at = found.setdefault(kind, {"count": 0, "bytes": 0})
                 at["count"] += times
                 at["bytes"] += times * size
@@ -143,6 +143,8 @@ class Program:
     def _collectives_of(self, name: str) -> Iterator[Instruction]:
         for instruction in self.computations.get(name, ()):
             if instruction.opcode.removesuffix("-start") not in KINDS:
+                continue
+            if _group_size(instruction.rest) == 1:  # Nothing leaves the device.
                 continue
             # One that other work overlaps is in the fusions of all that work, in steps of a chain.
             chain = re.search(r'chain_id="(\d+)"', instruction.rest)
@@ -206,8 +208,8 @@ def _called(instruction: Instruction) -> list[str]:
     return [n for group in names for n in re.findall(r"[\w.\-]+", group)]
 
 
-def _group_size(rest: str) -> int:
-    """Devices of one group: `{{0,1},{2,3}}`, `[2,4]<=[8]` or `mesh['a'=2,'b'=4] {'a'}`."""
+def _group_size(rest: str) -> int | None:
+    """Devices of one group: `{{0,1},{2,3}}`, `[2,4]<=[8]` or `mesh['a'=2,'b'=4] {'a'}`; or None."""
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
         return len(listed[1].split(","))
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
@@ -215,4 +217,4 @@ def _group_size(rest: str) -> int:
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         return math.prod(int(sizes[a]) for a in re.findall(r"'(\w+)'", named[2]))
-    return 1
+    return None

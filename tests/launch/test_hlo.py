@@ -42,6 +42,7 @@ cond.1 (p: (s32[], f32[8])) -> pred[] {
 ENTRY %main.2 (p.1: f32[8]) -> f32[8] {
   %p.1 = f32[8]{0} parameter(0)
   %ar = (f32[]{:T(128)}, /*index=1*/f32[2,3]{1,0}) all-reduce(%a, %b), to_apply=%add
+  %alone = f32[9]{0} all-reduce(%a), replica_groups=mesh['a'=2,'b'=1] {'b'}, to_apply=%add
   %rs = f32[4]{0} reduce-scatter(%z), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
   %big = f32[5,100]{1,0} broadcast(%c), dimensions={}
   %w = (s32[], f32[8], f32[5,100], f32[5,100]) while(%t), condition=%cond.1, body=%body.1
