@@ -10,9 +10,12 @@ from jaxtyping import Float, Int
 
 from sparse_attn.masks import lower
 from sparse_attn.ops import pooled
+from sparse_attn.ops.token_select import attend as select_lib
 from sparse_attn.parallel import attention as parallel_lib
+from sparse_attn.parallel import mesh as mesh_lib
 from sparse_attn.patterns import per_head
 from sparse_attn.selection import base as selection_base
+from sparse_attn.selection import moba
 
 SINK_LOGITS = (None, "learned")
 
@@ -127,6 +130,8 @@ class SelfAttention(nn.Module):
             if segment_ids is not None:
                 raise ValueError(f"segment_ids must be None for pooled keys, {self.pattern!r}")
             attend = functools.partial(pooled.attend_pooled, mask=self.pattern, block=self.block)
+        elif self._by_lists(sinks_N):
+            attend = self._list_attention(q_BTNH, k_BTKH, segment_ids)
         else:
             mask = self._mask(q_BTNH, k_BTKH, segment_ids)
             attend = functools.partial(
@@ -148,6 +153,28 @@ class SelfAttention(nn.Module):
             kernel_init=nn.initializers.variance_scaling(self.out_scale**2, "fan_in", "normal"),
             name="out",
         )(out_BTNH)
+
+    def _by_lists(self, sinks_N):
+        # The same choice as a mask of single queries, in less memory and time; what this op does
+        # not have runs by the mask.
+        return (
+            isinstance(self.pattern, moba.Moba)
+            and self.pattern.as_lists
+            and self.logits_soft_cap is None
+            and sinks_N is None
+            and mesh_lib.current() is None
+        )
+
+    def _list_attention(self, q_BTNH, k_BTKH, segment_ids):
+        selected = self.pattern.lists(q_BTNH, k_BTKH, segment_ids=segment_ids)
+
+        def attend(q, k, v, **_):
+            return select_lib.attend(
+                q, k, v, selected=selected, block=self.pattern.block_kv,
+                segment_ids=segment_ids, **select_lib.backend_of(self.impl),
+            )  # fmt: skip
+
+        return attend
 
     def _mask(self, q_BTNH, k_BTKH, segment_ids):
         pattern, length = self.pattern, q_BTNH.shape[1]

@@ -104,6 +104,13 @@ class LayersConfig:
                 f"pattern: all layers must have {trained[0].expression()}, as their parameters are "
                 "stacked"
             )
+        mixers = {p for p in self.layer_patterns() if hasattr(p, "layer")}
+        if len(mixers) > 1 or (mixers and trained):
+            names = ", ".join(sorted(p.expression() for p in mixers | set(trained)))
+            raise ValueError(
+                f"pattern: {names}: only one kind of layer may have parameters of its own, as "
+                "those of all layers are stacked"
+            )
         self._check_choice("dtype", DTYPES)
         self._check_choice("remat", REMAT)
         self._check_choice("layer_loop", LAYER_LOOPS)
@@ -129,6 +136,11 @@ class LayersConfig:
         if isinstance(self.pattern, per_layer.PerLayer):
             return tuple(self.pattern.for_layer(i) for i in range(self.num_layers))
         return (self.pattern,) * self.num_layers
+
+    def largest_layer(self) -> Layer:
+        """The layer whose parameters include those of all others: a mixer, where there is one."""
+        layers = self.layer_patterns()
+        return next((p for p in layers if hasattr(p, "layer")), layers[0])
 
     def cycle(self) -> tuple[Layer, ...]:
         """The shortest run of layer patterns that, repeated, is the schedule.
@@ -213,11 +225,14 @@ class Block(nn.Module):
         # Each block adds two branches: with this factor their sum over depth keeps the size of one.
         out_scale = (2 * c.num_layers) ** -0.5
         x_BTD = mesh.shard(x_BTD, "batch", "length", None)
-        x_BTD = x_BTD + attention.SelfAttention(
+        # A mixer brings a module of its own.
+        make = getattr(self.pattern, "layer", None)
+        if make is None:
+            make = functools.partial(attention.SelfAttention, pattern=self.pattern)
+        x_BTD = x_BTD + make(
             num_heads=c.num_heads,
             num_kv_heads=c.num_kv_heads,
             head_dim=c.head_dim,
-            pattern=self.pattern,
             block=c.block,
             impl=c.impl,
             tokens=c.tokens,
@@ -255,7 +270,8 @@ class Transformer(nn.Module):
     """Decoder-only language model [arXiv:1706.03762] in its usual form [arXiv:2302.13971, sec. 2].
 
     The parameters do not depend on the pattern, the layer loop or remat: those of all layers are
-    stacked, so one checkpoint and one seed serve every schedule. Paths and shapes (float32):
+    stacked, so one checkpoint and one seed serve every schedule. Where a schedule has a mixer
+    (`models/mixers/`), every layer holds its parameters too. Paths and shapes (float32):
 
         embedding                              [V, D]
         layers/attention_norm/scale            [L, D]
@@ -333,7 +349,7 @@ def apply_layers(
     # The parameters are made by a scan over single layers, whatever the schedule.
     init = model.is_initializing()
     cycle = c.layer_patterns() if c.layer_loop == "unroll" else c.cycle()
-    cycle = c.layer_patterns()[:1] if init else cycle
+    cycle = (c.largest_layer(),) if init else cycle
     repeats = c.num_layers // len(cycle)
     scanned = init or repeats > 1
     scan = functools.partial(

@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import difflib
 import importlib
+import pathlib
 import pkgutil
 from typing import Any, ClassVar
 
@@ -300,7 +301,7 @@ def parse(text: str, package: str = "sparse_attn.patterns"):
 
     `pattern.expression()` is such an expression. Names are the module names in this folder, so
     that a config or a command line can say `"local(window=64) | sinks(tokens=4)"`; and those in
-    `selection/`, whose rules stand alone: `"pooled(top_k=8, always=local(window=64))"`.
+    `selection/` and `models/mixers/`, which stand alone: `"pooled(top_k=8)"`, `"nsa(top_k=16)"`.
 
     Raises:
       ValueError: the text is not such an expression, or names an unknown pattern or field.
@@ -324,6 +325,12 @@ def parse(text: str, package: str = "sparse_attn.patterns"):
     return pattern
 
 
+def _mixers(name: str) -> tuple[str, ...]:
+    """The package of mixers where it has this name: Flax is loaded for those who name one."""
+    folder = pathlib.Path(__file__).parents[1] / "models" / "mixers"
+    return ("sparse_attn.models.mixers",) if (folder / f"{name}.py").is_file() else ()
+
+
 def _build(node: ast.AST, text: str, package: str):
     def build(child):
         return _build(child, text, package)
@@ -344,7 +351,9 @@ def _build(node: ast.AST, text: str, package: str):
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if all(
             k.arg for k in keywords
         ):
-            cls = find(name, package, "sparse_attn.patterns", "sparse_attn.selection")
+            cls = find(
+                name, package, "sparse_attn.patterns", "sparse_attn.selection", *_mixers(name)
+            )
             try:
                 return cls(*map(build, args), **{k.arg: build(k.value) for k in keywords})
             except TypeError as error:

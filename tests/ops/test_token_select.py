@@ -62,7 +62,7 @@ CASES = [
     Case("poisoned", poison=True, batch=1),
 ]
 REFUSALS = {("by_block", "two_sided"): "takes pattern=causal"}
-FAST = {"documents_and_lists_per_query_head", "lists_per_query_head", "fewer_keys", "poisoned"}
+FAST = {"documents_and_lists_per_query_head", "group_of_three", "poisoned"}
 
 
 def build(case, seed=0):
@@ -155,7 +155,7 @@ def test_some_places_of_the_lists_at_a_time(case, monkeypatch):
     heads=st.sampled_from([(1, 1, 1), (4, 2, 2), (4, 2, 4), (6, 2, 2), (5, 1, 1)]),
     count=st.integers(1, 4), seed=st.integers(0, 99),
 )  # fmt: skip
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=6)
 def test_any_lengths_and_blocks(impl, q_len, kv_len, block, heads, count, seed):
     n, kv, tables = heads
     case = Case("drawn", q_len, kv_len, n, kv, tables, count, block, batch=1, dims=(8, 4))

@@ -1,10 +1,15 @@
 """MoBA: the definition as a loop over queries, its two parts, and a needle."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparse_attn.models import attention
 from sparse_attn.ops import attend as attend_lib
+from sparse_attn.ops.token_select import attend as select_lib
 from sparse_attn.patterns import full
 from sparse_attn.selection import moba
 from tests.selection import rules
@@ -66,6 +71,63 @@ def test_planted_needle_blocks_are_found():
     mask = rules.chosen(moba.Moba(block_kv=block, top_k=3), *map(jnp.float32, (q, k)))
     found = [[mask[0, h, queries[i], needles[h, i]] > 0 for i in range(16)] for h in range(4)]
     assert np.mean(found) >= 0.95
+
+
+def test_lists_are_the_choice_and_attend_to_the_definition():
+    length, block = 70, 16
+    q, k, v = rules.inputs(batch=2, length=length)
+    ids = jnp.array([[1] * 30 + [2] * 40, [1] * 50 + [3] * 12 + [0] * 8])
+    rule = moba.Moba(block_kv=block, top_k=2)
+    for segment_ids in (None, ids):
+        taken = np.asarray(jax.jit(rule.lists)(q, k, segment_ids=segment_ids))
+        kept = rules.chosen(rule, q, k, segment_ids) > 0
+        mine = (taken[..., None] == np.arange(5)).any(3).swapaxes(1, 2)
+        real = np.ones((2, length), bool) if segment_ids is None else np.asarray(ids) != 0
+        np.testing.assert_array_equal(mine & real[:, None, :, None], kept & real[:, None, :, None])
+    out = select_lib.attend(q, k, v, selected=rule.lists(q, k), block=block, impl="xla")
+    for b in range(2):
+        want = by_definition(q[b : b + 1], k[b : b + 1], v[b : b + 1], block, 2)
+        np.testing.assert_allclose(out[b : b + 1], want, atol=2e-5)
+    with pytest.raises(ValueError, match="must be moba with one top_k"):
+        moba.Moba(block_kv=8, top_p=0.5).lists(q, k)
+
+
+def test_gradients_by_lists_equal_those_of_the_masked_reference():
+    q, k, v = rules.inputs(3, batch=1, length=40)
+    rule = moba.Moba(block_kv=8, top_k=2)
+
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=rules.COMPILER_OPTIONS)
+    def gradients(by_lists, *x):
+        def loss(q, k, v):
+            if by_lists:
+                out = select_lib.attend(
+                    q, k, v, selected=rule.lists(q, k), block=8, impl="by_block"
+                )
+            else:
+                out = rule.attend(q, k, v, impl="reference")
+            return jnp.sin(out).sum()
+
+        return jax.grad(loss, (0, 1, 2))(*x)
+
+    for mine, want in zip(gradients(True, q, k, v), gradients(False, q, k, v), strict=True):
+        np.testing.assert_allclose(mine, want, atol=3e-5)
+
+
+def test_a_layer_takes_the_lists():
+    layers = [
+        attention.SelfAttention(
+            num_heads=4, num_kv_heads=2, head_dim=8, pattern=moba.Moba(block_kv=8, top_k=top_k),
+            impl="reference", logits_soft_cap=cap,
+        )
+        for top_k, cap in [(2, None), (2, 1e6)]
+    ]  # fmt: skip
+    x = jax.random.normal(jax.random.key(0), (1, 40, 24))
+    jit = functools.partial(jax.jit, compiler_options=rules.COMPILER_OPTIONS)
+    params = jit(layers[0].init)(jax.random.key(1), x)
+    by_lists, by_mask = (jit(layer.apply)(params, x) for layer in layers)
+    np.testing.assert_allclose(by_lists, by_mask, atol=1e-5)
+    traced = [str(jax.make_jaxpr(layer.apply)(params, x)) for layer in layers]
+    assert ["top_k" in text for text in traced] == [True, False]
 
 
 def test_wrong_fields_are_named():

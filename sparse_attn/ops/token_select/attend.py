@@ -72,6 +72,17 @@ def attend(
     return (out, lse) if return_lse else out
 
 
+def backend_of(impl: str | None) -> dict[str, str | None]:
+    """`impl` and `kernel` here for a layer whose other attention runs on backend `impl`.
+
+    >>> backend_of("pallas_gpu"), backend_of("reference")
+    ({'impl': 'by_block', 'kernel': 'pallas_gpu'}, {'impl': 'reference', 'kernel': None})
+    """
+    if impl in (None, "reference"):
+        return {"impl": impl, "kernel": None}
+    return {"impl": "by_block", "kernel": impl}
+
+
 def validate(q, k, v, selected, block, pattern, segment_ids, scale) -> inputs_lib.Inputs:
     """The arguments of `attend` in the form that backends take.
 

@@ -24,8 +24,8 @@ from sparse_attn.ops.block_sparse import inputs as blocks_lib
 from sparse_attn.ops.token_select import inputs as inputs_lib
 from sparse_attn.patterns import causal, chunked, full
 
-# Numbers in the gathered queries of a step: 1 GB in bfloat16 on an accelerator.
-_AT_ONCE = {"cpu": 1 << 24, "gpu": 1 << 29, "tpu": 1 << 27}
+# Numbers in the gathered queries of a step: 2 GB in bfloat16 on a GPU.
+_AT_ONCE = {"cpu": 1 << 24, "gpu": 1 << 30, "tpu": 1 << 28}
 _ROWS = 128  # Of a tile, at least; and a multiple of 64.
 
 

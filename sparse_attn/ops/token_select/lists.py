@@ -1,0 +1,100 @@
+"""Lists of blocks from scores, some queries at a time: the scores of all never exist at once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from sparse_attn.masks import segments
+from sparse_attn.ops import scoring, tiles
+
+# Numbers in the largest array of a step.
+_AT_ONCE = {"cpu": 1 << 22, "gpu": 1 << 28, "tpu": 1 << 26}
+_LEAST = float(jnp.finfo(jnp.float32).min)
+
+
+def by_queries(f: Callable[[Any, PyTree], PyTree], arrays: PyTree, *, elements: int) -> PyTree:
+    """`f(positions [C], arrays [B, C, ..])` over pieces of the queries, joined to `[B, T, ..]`.
+
+    Args:
+      elements: numbers per query in the largest array that `f` makes.
+
+    >>> x = jnp.arange(10.0).reshape(2, 5)
+    >>> by_queries(lambda at, x: x + at, x, elements=1 << 21)[1].tolist()
+    [5.0, 7.0, 9.0, 11.0, 13.0]
+    """
+    length = jax.tree.leaves(arrays)[0].shape[1]
+    size = max(1, min(length, _AT_ONCE[tiles.target().platform] // max(elements, 1)))
+    pieces = jax.tree.map(lambda x: jnp.moveaxis(scoring.blocked(x, size), 1, 0), arrays)
+    positions = jnp.arange(-(-length // size) * size, dtype=jnp.int32).reshape(-1, size)
+    found = jax.lax.map(lambda xs: f(*xs), (positions, pieces))
+
+    def join(x):
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+    return jax.tree.map(join, found)
+
+
+def best(
+    scores: Float[Array, "*B n"],
+    count: int,
+    candidates: Bool[Any, "*#B #n"],
+    forced: Bool[Any, "*#B #n"],
+) -> Int[Array, "*B m"]:
+    """The `count` best candidates, those that are forced first; -1 where there are no more.
+
+    Of equals, those with the lower index.
+
+    >>> scores, every = jnp.array([1.0, 5.0, 5.0, 0.0]), jnp.ones(4, bool)
+    >>> best(scores, 3, every, jnp.arange(4) == 3).tolist()
+    [3, 1, 2]
+    """
+    finite = jnp.clip(jnp.where(jnp.isnan(scores), _LEAST, scores), _LEAST, -_LEAST)
+    key = jnp.where(candidates, jnp.where(forced, jnp.inf, finite), -jnp.inf)
+    values, indices = jax.lax.top_k(key, min(count, key.shape[-1]))
+    return jnp.where(values == -jnp.inf, -1, indices)
+
+
+def by_mean_key(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    *,
+    block: int,
+    top_k: int,
+    segment_ids: Any = None,
+) -> Int[Array, "B T N m"]:
+    """For each query and head its own block and the `top_k` best before it, by `q . mean(k)`.
+
+    The gate of mixture of block attention [arXiv:2502.13189, eq. 5 to 7]; `top_k` does not count
+    the own block. No gradient goes through it. With `segment_ids` only blocks that may hold tokens
+    of the query's document compete, and padding is in no mean.
+
+    >>> q, k = jax.random.normal(jax.random.key(0), (2, 1, 64, 2, 8))
+    >>> by_mean_key(q, k, block=16, top_k=2)[0, 20, 0].tolist()  # query 20: blocks 1 and 0
+    [1, 0, -1]
+    """
+    q, k = jax.lax.stop_gradient((q, k))
+    blocks = -(-k.shape[1] // block)
+    at = jnp.arange(blocks, dtype=jnp.int32)
+    q_ids, kv_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    real = jnp.ones((1, k.shape[1]), bool) if kv_ids is None else kv_ids != 0
+    means = scoring.pool(k, block, real)
+    if kv_ids is not None:
+        low, high, _ = segments.block_ranges(kv_ids, block, blocks)
+
+    def choose(positions, xs):
+        q, ids = xs
+        own = at == (positions // block)[:, None]
+        past = (at + 1) * block <= positions[:, None]
+        candidates = (past | own)[None]
+        if kv_ids is not None:
+            mine = ids[..., None]
+            candidates = candidates & (low[:, None] <= mine) & (mine <= high[:, None])
+        scores = jnp.moveaxis(scoring.logits(q, means), 1, 2)
+        return best(scores, top_k + 1, candidates[:, :, None], own[:, None])
+
+    ids = jnp.zeros(q.shape[:2], jnp.int32) if q_ids is None else q_ids
+    return by_queries(choose, (q, ids), elements=q.shape[0] * q.shape[2] * blocks)
