@@ -1,0 +1,261 @@
+"""Times MoBA and NSA, stage by stage, beside dense causal attention of cuDNN.
+
+    python -m experiments.selection.gpu_bench [--out DIR] [--lengths N ...] [--only moba nsa]
+                                              [--kernel NAME] [--tiny]
+
+Every stage is a program of its own; arrays are bfloat16 and random, so neighbouring queries choose
+unlike blocks, which is the hardest case for packing them. Backward = both passes minus forward.
+`--tiny` runs all of it on a CPU in a minute, to see that it runs. One JSON file has all results:
+times (milliseconds), the temporary memory of each program (bytes) and the largest error against
+the dense definition on a short row.
+"""
+
+import argparse
+import functools
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.kernels import bench
+from experiments.kernels.gpu_bench import median_ms
+from sparse_attn.ops import attend as attend_lib
+from sparse_attn.ops import scoring
+from sparse_attn.ops.token_select import attend as select_lib
+from sparse_attn.ops.token_select import by_block, compress, lists
+from sparse_attn.patterns import causal, local
+
+LENGTHS = (8192, 32768, 65536)
+CAUSAL = causal.Causal()
+# Heads (queries, keys), head dimension, blocks; NSA's are the paper's [arXiv:2502.11089, sec. 4].
+MOBA = {"heads": 16, "kv_heads": 16, "dim": 128, "block": 128, "top_k": 8}
+NSA = {
+    "heads": 64, "kv_heads": 4, "dim": 128, "block": 64, "top_k": 16, "window": 512,
+    "size": 32, "stride": 16,
+}  # fmt: skip
+TINY = {
+    "moba": {"heads": 4, "kv_heads": 2, "dim": 16, "block": 16, "top_k": 2},
+    "nsa": {
+        "heads": 4, "kv_heads": 1, "dim": 16, "block": 16, "top_k": 4, "window": 16, "size": 8,
+        "stride": 4,
+    },
+}  # fmt: skip
+
+
+class Clock:
+    """Compiles and times programs of one row; an error is a result and ends nothing else."""
+
+    def __init__(self, row: dict[str, Any]):
+        self._row = row
+
+    def forward(self, name: str, fn, *args) -> Any:
+        """Times `fn(*args)` as `<name>_fwd_ms`; returns its result, or None after an error."""
+        return self._time(f"{name}_fwd", fn, *args)
+
+    def backward(self, name: str, fn, *floats) -> None:
+        """Times forward and backward together and writes `<name>_bwd_ms`, the difference."""
+
+        def both(*floats):
+            out, pull = jax.vjp(fn, *floats)
+            return pull(jax.tree.map(jnp.ones_like, out))
+
+        self._time(f"{name}_both", both, *floats)
+        found = [self._row.pop(f"{name}_both_ms", None), self._row.get(f"{name}_fwd_ms")]
+        if None not in found:
+            self._row[f"{name}_bwd_ms"] = found[0] - found[1]
+
+    def _time(self, name, fn, *args):
+        try:
+            compiled = jax.jit(fn).lower(*args).compile()
+            self._row[f"{name}_ms"] = median_ms(compiled, *args)
+            memory = compiled.memory_analysis()
+            self._row[f"{name}_temp_bytes"] = getattr(memory, "temp_size_in_bytes", None)
+            print(f"  {name}: {self._row[f'{name}_ms']:.3f} ms", flush=True)
+            return compiled(*args)
+        except Exception as error:
+            self._row[f"{name}_error"] = f"{type(error).__name__}: {str(error)[:500]}"
+            print(f"  {name}: {self._row[f'{name}_error'][:200]}", flush=True)
+            return None
+
+
+def arrays(sizes: dict[str, int], length: int) -> list[jax.Array]:
+    """q, k, v."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    heads = (sizes["heads"], sizes["kv_heads"], sizes["kv_heads"])
+    return [
+        jax.random.normal(key, (1, length, n, sizes["dim"]), jnp.bfloat16)
+        for key, n in zip(keys, heads, strict=True)
+    ]
+
+
+def dense(clock: Clock, q, k, v) -> None:
+    """Causal attention by cuDNN (on a GPU), the measure."""
+    implementation = "cudnn" if jax.default_backend() == "gpu" else "xla"
+    attention = functools.partial(
+        jax.nn.dot_product_attention, is_causal=True, implementation=implementation
+    )
+    clock.forward("dense", attention, q, k, v)
+    clock.backward("dense", attention, q, k, v)
+
+
+def selected_attention(clock: Clock, kernel, block, q, k, v, selected) -> None:
+    """Attention by lists, and the sorting of lists that is part of it."""
+    inputs = select_lib.validate(q, k, v, selected, block, CAUSAL, None, None)
+    shape = by_block._Shape.of(inputs)
+
+    def plan(selected):
+        inputs = select_lib.validate(q, k, v, selected, block, CAUSAL, None, None)
+        steps = by_block._steps(inputs, shape)
+        return jax.lax.map(lambda s: by_block._plan(s, shape, -(-k.shape[1] // block)), steps)
+
+    clock.forward("plan", plan, selected)
+
+    def attention(q, k, v, selected):
+        return select_lib.attend(
+            q, k, v, selected=selected, block=block, impl="by_block", kernel=kernel
+        )
+
+    clock.forward("attention", attention, q, k, v, selected)
+    clock.backward("attention", lambda q, k, v: attention(q, k, v, selected), q, k, v)
+
+
+def moba(clock: Clock, sizes, kernel, q, k, v) -> None:
+    """Mixture of block attention: scoring, selection, attention."""
+    block, blocks = sizes["block"], -(-k.shape[1] // sizes["block"])
+
+    def score(q, k):
+        means = scoring.pool(k, block, jnp.ones((1, k.shape[1]), bool))
+        return lists.by_queries(
+            lambda _, q: jnp.moveaxis(scoring.logits(q, means), 1, 2).max(-1), q,
+            elements=q.shape[2] * blocks,
+        )  # fmt: skip
+
+    choose = functools.partial(lists.by_mean_key, block=block, top_k=sizes["top_k"])
+    clock.forward("scoring", score, q, k)
+    selected = clock.forward("scoring_and_selection", choose, q, k)
+    if selected is not None:
+        selected_attention(clock, kernel, block, q, k, v, selected)
+
+
+def nsa(clock: Clock, sizes, kernel, q, k, v) -> None:
+    """Native sparse attention with mean compression: three branches, scoring and selection."""
+    strides = compress.Strides(sizes["size"], sizes["stride"])
+    names = {"block": sizes["block"], "top_k": sizes["top_k"]}
+
+    def mean(x):
+        return strides.windows(x).astype(jnp.float32).mean(2).astype(x.dtype)
+
+    def compressed(q, k, v):
+        return attend_lib.attend(q, mean(k), mean(v), mask=strides, return_lse=True, impl=kernel)
+
+    def window(q, k, v):
+        return attend_lib.attend(q, k, v, mask=local.Local(window=sizes["window"]), impl=kernel)
+
+    def choose(q, k, lse):
+        return compress.choose_blocks(q, mean(k), lse, strides=strides, **names)
+
+    def score(q, k, lse):
+        keys, blocks = mean(k), -(-k.shape[1] // sizes["block"])
+
+        def weigh(_, xs):
+            q, lse = xs
+            z = scoring.logits(q, keys)
+            p = jnp.exp(z - jnp.moveaxis(lse, 2, 1)[..., None])
+            p = p.reshape(1, keys.shape[2], -1, *p.shape[2:]).sum(2)
+            return jnp.moveaxis(
+                compress.importance(p, strides, names["block"], blocks).max(-1), 1, 2
+            )
+
+        return lists.by_queries(weigh, (q, lse), elements=q.shape[2] * keys.shape[1])
+
+    for name, branch in (("compressed", compressed), ("window", window)):
+        found = clock.forward(name, branch, q, k, v)
+        clock.backward(name, branch, q, k, v)
+        if name == "compressed":
+            lse = found[1] if found is not None else jnp.zeros(q.shape[:3])
+    clock.forward("scoring", score, q, k, lse)
+    selected = clock.forward("scoring_and_selection", choose, q, k, lse)
+    if selected is not None:
+        selected_attention(clock, kernel, names["block"], q, k, v, selected)
+
+
+METHODS = {"moba": (MOBA, moba), "nsa": (NSA, nsa)}
+
+
+def error_on_a_short_row(sizes, kernel) -> float | str:
+    """Largest difference to the dense definition, of lists drawn at random."""
+    q, k, v = arrays(sizes, 1000)
+    shape = (1, 1000, sizes["kv_heads"], sizes["top_k"])
+    selected = jax.random.randint(jax.random.key(1), shape, 0, -(-1000 // sizes["block"]))
+    options = {"selected": selected, "block": sizes["block"]}
+    try:
+        got = select_lib.attend(q, k, v, impl="by_block", kernel=kernel, **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:500]}"
+    floats = [x.astype(jnp.float32) for x in (q, k, v)]
+    want = select_lib.attend(*floats, impl="reference", **options)
+    return float(jnp.abs(got.astype(jnp.float32) - want).max())
+
+
+def totals(row: dict[str, Any]) -> None:
+    """Adds the sums over stages and the speed-ups over dense attention."""
+    branches = [n for n in ("compressed", "window", "attention") if f"{n}_fwd_ms" in row]
+    if {"scoring_fwd_ms", "scoring_and_selection_fwd_ms"} <= set(row):
+        row["selection_fwd_ms"] = row["scoring_and_selection_fwd_ms"] - row["scoring_fwd_ms"]
+    complete = "attention_fwd_ms" in row and (row["method"] == "moba" or len(branches) == 3)
+    if complete and "scoring_and_selection_fwd_ms" in row:
+        row["fwd_ms"] = sum(row[f"{n}_fwd_ms"] for n in (*branches, "scoring_and_selection"))
+    if complete and all(f"{n}_bwd_ms" in row for n in branches):
+        row["bwd_ms"] = sum(row[f"{n}_bwd_ms"] for n in branches)
+    for way in ("fwd", "bwd"):
+        if f"{way}_ms" in row and f"dense_{way}_ms" in row:
+            row[f"{way}_speed_up"] = row[f"dense_{way}_ms"] / row[f"{way}_ms"]
+
+
+def _cells(row):
+    names = (
+        "scoring_fwd", "selection_fwd", "plan_fwd", "compressed_fwd", "window_fwd",
+        "attention_fwd", "fwd", "dense_fwd", "compressed_bwd", "window_bwd", "attention_bwd",
+        "bwd", "dense_bwd",
+    )  # fmt: skip
+    cells = {"method": row["method"], "length": row["length"]}
+    cells |= {name.replace("_", " "): row.get(f"{name}_ms", "") for name in names}
+    return cells | {f"{way} x": row.get(f"{way}_speed_up", "") for way in ("fwd", "bwd")}
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="experiments/selection/results", help="folder")
+    parser.add_argument("--lengths", nargs="+", type=int, help="tokens")
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    on_gpu = jax.default_backend() == "gpu"
+    parser.add_argument(
+        "--kernel", default="pallas_gpu" if on_gpu else None, help="backend of `ops.attend`"
+    )
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
+    options = parser.parse_args(arguments)
+    lengths = options.lengths or ((256,) if options.tiny else LENGTHS)
+    rows: list[dict[str, Any]] = []
+    for name in options.only:
+        sizes, method = METHODS[name]
+        sizes = TINY[name] if options.tiny else sizes
+        error = error_on_a_short_row(sizes, options.kernel)
+        for length in lengths:
+            print(f"{name} {length}", flush=True)
+            row = {"method": name, "length": length, "kernel": options.kernel, **sizes}
+            row["error"] = error
+            clock, (q, k, v) = Clock(row), arrays(sizes, length)
+            dense(clock, q, k, v)
+            method(clock, sizes, options.kernel, q, k, v)
+            totals(row)
+            rows.append(row)
+            # After every row: a run that is cut off keeps what it has.
+            bench.write(rows, pathlib.Path(options.out) / "gpu_bench.json")
+    print(bench.table([_cells(row) for row in rows]))
+    return rows
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
