@@ -15,7 +15,7 @@ from sparse_attn.selection import base
 class AdaSpa(base.BlockScores):
     """The oracle of block masks: exact mass per block, at the cost of dense scores.
 
-    [arXiv:2502.21079, sec. 4.2] In video diffusion a mask is found at a few denoising steps and
+    [arXiv:2502.21079] In video diffusion a mask is found at a few denoising steps and
     kept for those after: call `select` at these and pass the mask to `attend` at the others.
     `reallocate` gives heads that need more blocks those that others can spare. Scores are made one
     row of blocks at a time.
@@ -93,7 +93,7 @@ def reallocate(masses: Float[Array, "B N nq nk"], top_k: int, *, step: int = 1) 
 
     Heads are ordered by their recall with `top_k` blocks (ties by index); as many of the best ones
     give `step` blocks as of the worst ones take them, wherever the sum of the two recalls grows.
-    [arXiv:2502.21079, sec. 4.3]
+    [arXiv:2502.21079]
 
     Raises:
       ValueError: `top_k` or `step` is no int >= 1.

@@ -72,7 +72,7 @@ class AnchorRegion(base.Selector):
 class Anchor(AnchorRegion):
     """Stripes: keys whose pooled score is at most `theta` below the anchor; training-free.
 
-    [arXiv:2505.23520, sec. 3] The anchor of a query is its largest exact score in the region of
+    [arXiv:2505.23520] The anchor of a query is its largest exact score in the region of
     the first keys and its window. Queries and anchors are averaged over each block of queries; a
     key is kept for the block where the mean anchor less the score of the mean query is at most
     `theta`, so `theta` and not a count decides how much is seen. Blocks of keys are single keys

@@ -15,7 +15,7 @@ from sparse_attn.selection import base
 class BiFormer(base.Selector):
     """Bi-level routing: `top_k` regions for each region, shared by its tokens and all heads.
 
-    [arXiv:2303.08810, sec. 3.2] The affinity is the product of mean queries and mean keys over all
+    [arXiv:2303.08810] The affinity is the product of mean queries and mean keys over all
     channels. `attend(..., order=reorder.Tiles(shape, region))` makes each region of the image a
     block; where regions do not divide the image, blocks hold parts of two. Trained from scratch,
     without a gradient through the choice. The paper's depth-wise convolution of the values is no

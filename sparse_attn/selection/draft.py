@@ -16,7 +16,7 @@ from sparse_attn.selection import base
 class Draft(base.Selector):
     """Softmax rows of the low-resolution map, and its largest entries; training-free.
 
-    DraftAttention [arXiv:2505.14708, sec. 3]: queries and keys are averaged over 2-D patches of
+    DraftAttention [arXiv:2505.14708]: queries and keys are averaged over 2-D patches of
     each frame, and `density` of all pairs of patches are kept, wherever in the map they are.
     `attend(..., order=patches(...))` makes each patch a block. A patch at an edge that it does not
     divide is smaller, so blocks there hold parts of two patches.

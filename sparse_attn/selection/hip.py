@@ -16,7 +16,7 @@ from sparse_attn.selection import base
 class Hip(base.Selector):
     """The `top_k` best blocks of each row in `2 * top_k * log2(blocks / top_k)` scores.
 
-    Hierarchical attention pruning [arXiv:2406.09827, sec. 3.1, alg. 1]: the blocks that a row of
+    Hierarchical attention pruning [arXiv:2406.09827]: the blocks that a row of
     blocks may see are cut into `top_k` chunks. Each step halves all chunks, scores a half by the
     largest logit of its middle key with the queries of the row, and keeps the best `top_k` halves,
     until chunks are single blocks. Finds what is coherent along the sequence. Training-free.

@@ -18,7 +18,7 @@ from sparse_attn.selection import base, pbs, svg2
 class Hyper(pbs.Reordered):
     """HyperAttention: sorted locality-sensitive hashes, uniform samples, recursion if causal.
 
-    [arXiv:2310.05869, alg. 1-4] Queries and keys are sorted by their side of `planes` random
+    [arXiv:2310.05869] Queries and keys are sorted by their side of `planes` random
     hyperplanes, in the order of a Gray code, so that neighbouring buckets differ in one plane;
     blocks on the diagonal of that order are exact. The rest of the mass is estimated from
     `samples` keys, drawn with replacement and weighted by `S / samples`, those in the query's

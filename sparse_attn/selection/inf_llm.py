@@ -17,7 +17,7 @@ from sparse_attn.selection import base
 class InfLlm(base.Selector):
     """InfLLM v2: one choice for the query heads of a KV head, without parameters of its own.
 
-    [arXiv:2506.07900, sec. 2.2] Keys are averaged over windows of `kernel` tokens, `stride` apart.
+    [arXiv:2506.07900] Keys are averaged over windows of `kernel` tokens, `stride` apart.
     For every query the softmax over the windows that have ended is summed over the query heads of
     a KV head; a block of keys scores as the best window that touches it. The blocks of `always`
     are seen besides. Dense weights need no change; the rule trains like any mask. As in `moba`,

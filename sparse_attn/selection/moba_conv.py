@@ -16,16 +16,17 @@ from sparse_attn.selection import moba
 class MobaConv(moba.Moba):
     """Routing of `moba` by keys that a causal depth-wise convolution has mixed; for training.
 
-    [arXiv:2511.11571, sec. 3.2] `k[t] + silu(sum_i w[i] * k[t - i])`, for each KV head and
-    dimension; the weights start as an average. In the paper the mixed keys are those of attention
-    too: `attend` mixes them for both and trains the weights. `select`, and so a layer that names
-    this rule as its pattern, mixes for the choice alone, and no gradient reaches the weights there.
+    [arXiv:2511.11571] Keys are `k[t] + silu(sum_i w[i] * k[t - i])`, for each KV head and
+    dimension; the weights start as an average. (That the sum is added to the key, and goes through
+    a silu, is this file's choice.) The mixed keys are those of attention too: `attend` mixes them
+    for both and trains the weights. `select`, and so a layer that names this rule as its pattern,
+    mixes for the choice alone, and no gradient reaches the weights there.
 
     The routing signal of one key among B others is `snr` deviations above the rest, so smaller
     blocks choose better at the same number of keys seen.
 
     Attributes:
-      width: taps of the convolution; the paper has 3 and 5.
+      width: taps of the convolution.
 
     >>> q, k = jax.random.normal(jax.random.key(0), (2, 1, 64, 2, 8))
     >>> rule = MobaConv(block_kv=8, top_k=2)
@@ -90,7 +91,7 @@ def mix(
 
 
 def snr(gap: float, head_dim: int, block: int) -> float:
-    """Deviations between the score of the block with the wanted key and of another.  [sec. 3.1]
+    """Deviations between the score of the block with the wanted key and of another.
 
     `gap * sqrt(head_dim / (2 * block))`, for unit keys in random directions and a difference
     `gap` between the wanted key's product with the query and that of the others.

@@ -10,7 +10,7 @@ from sparse_attn.selection import base, pooled
 class Nabla(pooled.Pooled):
     """Pooled softmax rows down to their mass `top_p`, united with `always`; for video.
 
-    Neighborhood adaptive block-level attention [arXiv:2507.13546, sec. 3.2]; its threshold is
+    Neighborhood adaptive block-level attention [arXiv:2507.13546]; its threshold is
     `1 - top_p`. The paper's blocks are spatial tiles, `attend(..., order=reorder.Tiles(...))`, and
     its optional sliding tiles are `always`, such as `frame_tiles` or `neighborhood`, which are kept
     beside the chosen ones and do not count for them. Not causal; training or inference.

@@ -38,7 +38,7 @@ class Reordered(base.Selector):
 class Pbs(Reordered):
     """Keys sorted inside segments by the attention of the last queries, then pooled blocks.
 
-    Permuted block-sparse attention [arXiv:2510.21270, sec. 3], training-free, for causal prefill.
+    Permuted block-sparse attention [arXiv:2510.21270], training-free, for causal prefill.
     Every query head sorts the keys of each segment by their weight for the last block of queries,
     heaviest first; blocks of sorted keys of earlier segments are chosen by pooled scores for each
     block of queries. A query's own segment is attended to in its original order, all of it, so

@@ -14,7 +14,7 @@ from sparse_attn.selection import base, vertical_slash
 class Proxy(base.Selector):
     """One ranking of blocks per group of heads, and a budget of its own for each head.
 
-    ProxyAttn [arXiv:2509.24745, sec. 3]: queries and keys are averaged over groups of heads, not
+    ProxyAttn [arXiv:2509.24745]: queries and keys are averaged over groups of heads, not
     along the sequence; the score of a block is the largest logit of its visible pairs of tokens.
     The budget of a head is the part of the blocks that it needs for `gamma` of its exact mass in
     the last block of queries, in the order of the shared ranking; the other rows of blocks take

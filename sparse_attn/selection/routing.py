@@ -18,7 +18,7 @@ from sparse_attn.selection import pbs
 class Routing(pbs.Reordered):
     """Routing attention: each centroid takes the `size` queries and the `size` keys nearest to it.
 
-    [arXiv:2003.05997, sec. 4.1] Queries and keys are normalised to the sphere of radius `sqrt(H)`
+    [arXiv:2003.05997] Queries and keys are normalised to the sphere of radius `sqrt(H)`
     without scale or bias; the pattern is applied inside a cluster at original positions. A token in
     several clusters gets the mean of its outputs there, a token in none gets 0. The centroids
     `[N, C, H]` are no trained parameters: `moved_centroids` moves them after a step, and no
@@ -110,7 +110,7 @@ def moved_centroids(
     """The centroids after a step of online k-means: an average of the tokens nearest to each.
 
     `decay * c + (1 - decay) / 2 * (mean of its queries + mean of its keys)`; a centroid that is
-    nearest to no token keeps that part of itself.  [arXiv:2003.05997, sec. 4.1]
+    nearest to no token keeps that part of itself.  [arXiv:2003.05997]
 
     >>> x = jnp.array([1.0, -1.0]).reshape(1, 1, 1, 2)
     >>> moved_centroids(jnp.zeros((1, 1, 2)), x, x, decay=0.5).ravel().round(3).tolist()

@@ -14,7 +14,7 @@ from sparse_attn.selection import anchor, base
 class Sale(anchor.AnchorRegion):
     """A block is kept if one pair reaches `threshold` of the weight of sinks and window.
 
-    [arXiv:2505.24179, sec. 3] Queries and keys are rounded to 4 bits per token, and all logits are
+    [arXiv:2505.24179] Queries and keys are rounded to 4 bits per token, and all logits are
     estimated from them at full resolution. A pair counts by its relative score, the exponential
     of its logit less the log-sum-exp of the query's logits in the region that is always kept.
     Training-free. Estimates are made one row of blocks at a time; the products here are those of

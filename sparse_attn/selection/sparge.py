@@ -71,7 +71,7 @@ class Sparge(base.BlockScores):
         rows_per_group: int | None = None,
         bits: int | None = None,
     ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N"]]:
-        """Attention over the chosen blocks with the online filter.  [sec. 3.5, alg. 1]
+        """Attention over the chosen blocks with the online filter.
 
         Blocks of a row are visited from the first on. Where the largest logits of all queries of
         a group lie more than `-skip_below` under their largest so far, the product of their

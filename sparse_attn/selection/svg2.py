@@ -19,7 +19,7 @@ from sparse_attn.selection import base, pbs
 class Svg2(pbs.Reordered):
     """Sparse VideoGen2: tokens sorted by k-means cluster, pairs of clusters down to a mass.
 
-    [arXiv:2505.18875, sec. 3] Per head, queries and keys are clustered each for themselves, and
+    [arXiv:2505.18875] Per head, queries and keys are clustered each for themselves, and
     sorted so that clusters are contiguous. A pair of clusters has the estimated mass
     `size(keys) * exp(centroid . centroid / sqrt(H))`; each cluster of queries keeps the smallest
     set with the part `top_p`. Blocks of fixed size stand for the paper's variable ones: a block

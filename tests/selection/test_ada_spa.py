@@ -27,6 +27,7 @@ def test_masses_from_the_lse_are_sums_of_the_dense_map():
         np.testing.assert_allclose(got.sum(-1), 1, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_no_other_blocks_have_more_mass():
     q, k, _ = rules.inputs(1, batch=1, length=128)
     masses = np.asarray(rule(top_k=1).masses(q, k))
@@ -44,6 +45,7 @@ def test_no_other_blocks_have_more_mass():
         assert own.mean() > others.mean()
 
 
+@pytest.mark.slow
 def test_reallocation_keeps_the_number_of_blocks_and_does_not_lower_the_recall():
     q, k, _ = rules.inputs(2, batch=1, length=128)
     q = jnp.repeat(q[:, ::16], 16, 1) * jnp.array([0.02, 0.1, 2.0, 4.0])[:, None]
@@ -57,6 +59,7 @@ def test_reallocation_keeps_the_number_of_blocks_and_does_not_lower_the_recall()
     assert after > before
 
 
+@pytest.mark.slow
 def test_blocks_found_with_an_earlier_lse_are_nearly_the_same():
     q, k, v = rules.inputs(3, batch=1, length=256)
     rng = np.random.default_rng(0)

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sparse_attn.ops import attend as attend_lib
 from sparse_attn.selection import moba, moba_conv
@@ -52,6 +53,7 @@ def test_mixing_is_causal_and_stays_in_its_document():
     assert (np.abs(changed).max((0, 2, 3)) > 0).tolist() == [t == 4 for t in range(12)]
 
 
+@pytest.mark.slow
 def test_routing_follows_the_signal_to_noise_ratio_and_small_blocks_find_more():
     # Unit keys in random directions and one key of length `gap` along the query, as in the model.
     trials, length, dim, gap = 300, 1024, 32, 4.0

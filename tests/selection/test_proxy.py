@@ -39,6 +39,7 @@ def heads_with_heavy_keys(length=2048, dim=64):
     return (jnp.asarray(x, jnp.float32)[None] for x in (q, k))
 
 
+@pytest.mark.slow
 def test_each_head_keeps_its_mass_and_more_than_pooled_scores_at_its_density():
     q, k = heads_with_heavy_keys()
     mask = rules.select(proxy.Proxy(block_q=128, block_kv=128, group=4, gamma=0.95), q, k)

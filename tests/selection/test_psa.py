@@ -56,6 +56,7 @@ def test_levels_follow_the_ranks():
     assert (got == np.array([0, 1, 1, 2, -1, -1, -1])).all()
 
 
+@pytest.mark.slow
 def test_the_error_is_lower_than_that_of_whole_blocks_at_the_same_number_of_keys():
     length = 512
     q, k = rules.planted(length, block=16, pairs=[(i, i // 2) for i in range(8, 32)], gain=3.0)

@@ -89,6 +89,7 @@ def test_pbs_is_causal_and_exact_for_any_order_inside_segments():
     assert np.abs(outs[0] - outs[1])[:, 40:].max() > 0.1
 
 
+@pytest.mark.slow
 def test_pbs_sorts_scattered_heavy_keys_into_few_blocks():
     length, dim = 2048, 32
     rng = np.random.default_rng(0)
@@ -118,6 +119,7 @@ def clusters(count, size, dim, seed=0, spread=0.3, scale=3.0):
     return (jnp.asarray(x, jnp.float32)[None, :, None] for x in draws)
 
 
+@pytest.mark.slow
 def test_svg2_keeps_the_mass_of_a_mixture_at_low_density_and_more_than_blocks_in_place():
     q, k = clusters(16, 64, 32)
     rule = svg2.Svg2(block_q=32, block_kv=32, q_clusters=24, kv_clusters=24, top_p=0.9)
@@ -147,6 +149,7 @@ def test_svg2_goes_on_from_earlier_centroids():
     assert np.abs(fresh[0] - means[0]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_hyper_finds_clusters_that_order_in_place_does_not():
     q, k = clusters(64, 64, 64, spread=0.05)
     rule = hyper.Hyper(pattern=base.EVERYTHING, samples=None)
@@ -157,6 +160,7 @@ def test_hyper_finds_clusters_that_order_in_place_does_not():
     assert in_place < 0.1
 
 
+@pytest.mark.slow
 def test_hyper_recursion_is_exact_where_all_its_parts_are():
     q, k, v = rules.inputs(3, batch=1, length=90)
     rule = hyper.Hyper(block_q=128, block_kv=128, samples=None, least=24)
@@ -164,6 +168,7 @@ def test_hyper_recursion_is_exact_where_all_its_parts_are():
     np.testing.assert_allclose(got, dense(q, k, v, base.CAUSAL)[0], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_hyper_estimates_the_rest_without_bias_and_better_with_more_samples():
     q, k, v = rules.inputs(4, batch=1, length=64, heads=1, kv_heads=1)
     q = q / 2

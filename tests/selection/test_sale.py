@@ -17,6 +17,7 @@ def test_four_bits_estimate_logits():
     assert len(np.unique(np.asarray(sale.rounded(q, 4))[0, 0, 0])) <= 15
 
 
+@pytest.mark.slow
 def test_needles_are_kept_where_means_miss_them_and_density_falls_with_the_threshold():
     length, block, dim, trials = 4096, 64, 32, 4
     rng = np.random.default_rng(0)

@@ -74,25 +74,24 @@ def two_stages(rule, q, k, v, **options):
     return jax.jit(lambda *x: rule.attend_in_two_stages(*x, **options))(q, k, v)
 
 
-def test_no_filter_is_masked_attention_and_everything_is_dense():
+def test_no_filter_is_masked_attention():
     q, k, v = rules.inputs(batch=1, length=50)
-    for fields in ({"top_p": 1.0}, {"top_p": 0.5, "similarity": 0.06}):
-        rule = sparge.Sparge(block_q=BLOCK, block_kv=BLOCK, **fields)
-        got, skipped = two_stages(rule, q, k, v, skip_below=None)
-        want, _ = rules.attend_masked(q, k, v, rules.select(rule, q, k))
-        np.testing.assert_allclose(got, want, atol=2e-5)
-        assert (skipped == 0).all()
+    rule = sparge.Sparge(block_q=BLOCK, block_kv=BLOCK, top_p=0.5, similarity=0.06)
+    got, skipped = two_stages(rule, q, k, v, skip_below=None)
+    mask = rules.select(rule, q, k)
+    assert (mask.kv_counts[0, 0, -1] < 4).all()
+    np.testing.assert_allclose(got, rules.attend_masked(q, k, v, mask)[0], atol=2e-5)
+    assert (skipped == 0).all()
 
 
-@pytest.mark.parametrize("group", [None, 4])
-def test_the_error_of_the_second_stage_is_bounded(group):
+def test_the_error_of_the_second_stage_is_bounded():
     q, k, v = rules.inputs(3, batch=1, length=256)
     q = jnp.repeat(q[:, ::BLOCK], BLOCK, 1) * 1.5  # Queries that agree about blocks.
     rule = sparge.Sparge(block_q=BLOCK, block_kv=BLOCK, top_p=1.0, pattern=full.Full())
     want = two_stages(rule, q, k, v, skip_below=None)[0]
     parts = []
     for below in (-2.0, -6.0):
-        got, skipped = two_stages(rule, q, k, v, skip_below=below, rows_per_group=group)
+        got, skipped = two_stages(rule, q, k, v, skip_below=below, rows_per_group=4)
         parts.append(float(skipped.mean()))
         bound = BLOCK * np.exp(below) * np.abs(v).max()  # for each skipped block
         assert np.abs(got - want).max() <= 256 // BLOCK * bound
@@ -100,6 +99,7 @@ def test_the_error_of_the_second_stage_is_bounded(group):
     assert parts[0] > parts[1] > 0
 
 
+@pytest.mark.slow
 def test_eight_bits_change_little():
     q, k, v = rules.inputs(5, batch=1, length=64, dim=32)
     rule = sparge.Sparge(block_q=BLOCK, block_kv=BLOCK, top_p=1.0)

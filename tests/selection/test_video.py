@@ -24,6 +24,7 @@ def mass_of(kept, masses):
     return float(np.where(kept, masses, 0).sum(-1).mean())
 
 
+@pytest.mark.slow
 def test_draft_keeps_nearly_what_the_best_patches_have_on_a_smooth_video():
     shape, patch, dim = (2, 32, 128), (8, 16), 16
     q, k = (field(shape, dim, 8, seed) * 1.5 for seed in (0, 1))
