@@ -16,7 +16,7 @@ from sparse_attn.selection import base
 class VMoba(base.Selector):
     """The best pairs `q . mean(k block)` of a head, up to a part `top_p` of the similarity.
 
-    [arXiv:2506.23858, sec. 3] Similarities of all queries of a head are normalised together (a
+    [arXiv:2506.23858] Similarities of all queries of a head are normalised together (a
     softmax over queries and blocks), so that queries with clear matches take more blocks than
     others; each has at least its best one. Layers cycle through `partitions` of the video, one for
     each `attend(..., order=)`. Rows of the mask are single queries, as in `moba`. Not causal.
