@@ -67,21 +67,41 @@ def density(mask: block_mask.BlockMask, dense: base.Pattern) -> Float[Array, "M 
     return jnp.asarray(mask.kv_counts).sum(-1) / int(whole.kv_counts.sum())
 
 
-def overlap(mask: block_mask.BlockMask) -> Float[Array, "M U U"]:
+def overlap(
+    mask: block_mask.BlockMask, other: block_mask.BlockMask | None = None
+) -> Float[Array, "M U V"]:
     """Blocks that two tables both list / blocks that either lists (1 where both list none).
+
+    Args:
+      other: of another layer, say, on the same blocks and batch; None = the tables of `mask` among
+        each other.
+
+    Raises:
+      ValueError: the two have other blocks or batches.
 
     >>> from sparse_attn.patterns import causal, local
     >>> masks = (causal.Causal(), local.Local(window=1))
-    >>> overlap(lower.lower(masks, q_len=6, block_q=2, block_kv=2))[0].tolist()  # 3 of 6 blocks
+    >>> both = lower.lower(masks, q_len=6, block_q=2, block_kv=2)
+    >>> overlap(both)[0].tolist()  # 3 of 6 blocks
     [[1.0, 0.5], [0.5, 1.0]]
+    >>> overlap(both, lower.lower(masks[1], q_len=6, block_q=2, block_kv=2))[0].tolist()
+    [[0.5], [1.0]]
     """
+    other = mask if other is None else other
+    shapes = [(m.batch, m.num_rows, m.num_cols) for m in (mask, other)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"other has (batch, rows, columns)={shapes[1]}, must have {shapes[0]}")
+    one, two = (_flat(m) for m in (mask, other))
+    both = jnp.einsum("mux,mvx->muv", one, two, precision="highest")
+    either = one.sum(-1)[:, :, None] + two.sum(-1)[:, None] - both
+    return jnp.where(either > 0, both / jnp.maximum(either, 1), 1)
+
+
+def _flat(mask: block_mask.BlockMask) -> Float[Array, "M U x"]:
+    """1 for each block that a table lists, all rows behind each other."""
     rows = np.arange(mask.num_rows)
     listed = jnp.stack([_listed(mask, u, rows) for u in range(mask.num_tables)], 1)
-    flat = listed.reshape(*listed.shape[:2], -1).astype(jnp.float32)
-    both = jnp.einsum("mux,mvx->muv", flat, flat, precision="highest")
-    sizes = flat.sum(-1)
-    either = sizes[:, :, None] + sizes[:, None] - both
-    return jnp.where(either > 0, both / jnp.maximum(either, 1), 1)
+    return listed.reshape(*listed.shape[:2], -1).astype(jnp.float32)
 
 
 def _listed(mask: block_mask.BlockMask, table: int, rows: Any) -> Bool[Array, "M n nk"]:

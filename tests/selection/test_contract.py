@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from sparse_attn.ops import kept_mass
 from sparse_attn.patterns import base as patterns_base
 from sparse_attn.selection import base
 from tests.ops import oracle
@@ -253,6 +254,20 @@ def test_budgets_of_single_heads():
     q, k, _ = rules.inputs(9, length=64)
     kept = rules.chosen(pooled, q, k) > 0
     assert (kept[:, :, -1].sum(-1) == np.array([1, 2, 3, 4])).all()
+
+
+def test_overlap_of_heads_and_of_layers():
+    pooled = patterns_base.find("pooled", rules.PACKAGE)(top_k=2, block_q=8, block_kv=8)
+    first, second = (rules.select(pooled, *rules.inputs(seed, length=48)[:2]) for seed in (9, 10))
+    flat = [(rules.states(m) > 0).reshape(2, 4, -1) for m in (first, second)]
+    for other, sets in ((None, (flat[0], flat[0])), (second, flat)):
+        got = kept_mass.overlap(first, other)
+        for b, u, v in np.ndindex(2, 4, 4):
+            one, two = sets[0][b, u], sets[1][b, v]
+            np.testing.assert_allclose(got[b, u, v], (one & two).sum() / (one | two).sum())
+    fewer = rules.select(pooled, *rules.inputs(length=40)[:2])
+    with pytest.raises(ValueError, match=r"=\(2, 5, 5\), must have \(2, 6, 6\)"):
+        kept_mass.overlap(first, fewer)
 
 
 def test_base_is_abstract():
