@@ -12,16 +12,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import common, quickstart, vit
+from configs import common, lm, quickstart, vit
 from sparse_attn.data import images, tokenizer
 from sparse_attn.launch import units
-from sparse_attn.train import config_check, tasks
+from sparse_attn.train import config_check, flops, tasks
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 FILES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "common")
 # The arguments of a config file that get a golden dump, besides none.
 ARGUMENTS = {
+    "lm": (*(f"{s},{v}" for s in lm.RUNS for v in ("window", "dense")), "350m,alternating,tokens"),
     "quickstart": (*quickstart.PATTERNS, *(f"{v},tiny" for v in quickstart.PATTERNS)),
     "vit": (*vit.COMPARED, "swin,moving_digits", "maxvit,fashion_mnist", "vil,tiny"),
 }
@@ -42,7 +43,7 @@ def shapes(config):
 
 
 def dump(config) -> str:
-    """The resolved config as sorted lines, and the number of parameters."""
+    """The resolved config as sorted lines, the number of parameters and the densities."""
     values = config.to_dict()
     lines = []
     for name in sorted(config_check.dotted_names(values)):
@@ -52,7 +53,11 @@ def dump(config) -> str:
         lines.append(f"{name} = {node!r}")
     _, variables = shapes(config)
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(variables["params"]))
-    return "\n".join([*lines, f"# parameters: {count:,}"]) + "\n"
+    task = tasks.of(values)
+    seen = flops.attention_cost(task.model.config, context=task.row_tokens, batch_size=1)
+    pairs, blocks = (f"{seen[f'{what}_density']:.2%}" for what in ("token", "block"))
+    lines += [f"# parameters: {count:,}", f"# density: {pairs} of pairs, {blocks} of blocks"]
+    return "\n".join(lines) + "\n"
 
 
 @pytest.mark.parametrize(("file", "argument"), CASES)
@@ -70,7 +75,8 @@ def test_every_golden_file_has_a_config():
     assert {path.stem for path in GOLDEN.glob("*.txt")} == names
 
 
-@pytest.mark.parametrize(("file", "argument"), CASES)
+# Of a size of decoders one pattern is enough: the other differs in what is visible.
+@pytest.mark.parametrize(("file", "argument"), [c for c in CASES if not c[1].endswith(",dense")])
 def test_model_gives_logits_for_the_batch(file, argument):
     config = load(file, argument)
     logits, _ = shapes(config)
@@ -120,6 +126,24 @@ def test_quickstart_model_has_one_to_two_million_parameters():
     _, variables = shapes(quickstart.get_config())
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(variables["params"]))
     assert 1_000_000 <= count <= 2_000_000
+
+
+@pytest.mark.parametrize("size", lm.RUNS)
+def test_decoders_have_the_size_of_their_name_and_spend_its_budget(size):
+    for variant in ("window", "dense"):
+        config = lm.get_config(f"{size},{variant}")
+        _, variables = shapes(config)
+        count = sum(math.prod(x.shape) for x in jax.tree.leaves(variables["params"]))
+        assert count == pytest.approx(float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]], rel=0.01)
+        used = flops.utilization(
+            tasks.of(config.to_dict()).model.config, variables["params"],
+            context=config.data.context, batch_size=1, device_kind="TPU v4", num_devices=1,
+        )  # fmt: skip
+        tokens = config.train.steps * config.data.context * config.data.batch_size
+        assert used.useful_per_token * tokens == pytest.approx(120 * count**2, rel=0.02)
+        equal = lm.get_config(f"{size},{variant},tokens")
+        tokens = equal.train.steps * equal.data.context * equal.data.batch_size
+        assert tokens == pytest.approx(20 * count, rel=0.02)
 
 
 @pytest.mark.parametrize(
