@@ -1,10 +1,14 @@
 """What every synthetic task shares: the example it draws, and the Grain dataset made of it."""
 
-import dataclasses
-from typing import Any
+from __future__ import annotations
 
-import grain
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+
+if TYPE_CHECKING:
+    import grain
 
 SPLITS = ("train", "test")
 
@@ -69,6 +73,8 @@ def dataset(task: Task, *, split: str, seed: int, size: int) -> grain.MapDataset
     >>> {name: x.shape for name, x in next(iter(examples.batch(4))).items()}
     {'inputs': (4, 64), 'targets': (4, 64), 'weights': (4, 64)}
     """
+    import grain  # Drawing examples needs NumPy only: studies on bare machines draw without Grain.
+
     return grain.MapDataset.source(Source(task, split=split, seed=seed, size=size))
 
 

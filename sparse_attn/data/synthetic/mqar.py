@@ -73,3 +73,42 @@ class Mqar(base.Task):
             free = inputs == 0
             inputs[free] = rng.integers(self.vocab_size, size=free.sum())
         return base.example_of(inputs, answers)
+
+    def batch(self, rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
+        """`count` examples at once, many times faster: `inputs [count, T]` and what counts of them.
+
+        `places` and `answers` `[count, num_pairs]` say where the queries stand, and their values.
+        The same distribution as `example`, from other random numbers.
+
+        >>> x = Mqar(vocab_size=32, length=16, num_pairs=2).batch(np.random.default_rng(0), 5)
+        >>> {name: value.shape for name, value in x.items()}
+        {'inputs': (5, 16), 'places': (5, 2), 'answers': (5, 2)}
+        """
+        half, pairs = self.vocab_size // 2, self.num_pairs
+        rows = np.arange(count)[:, None]
+        keys = 1 + _distinct(rng, half - 1, (count, pairs))
+        values = half + _distinct(rng, self.vocab_size - half, (count, pairs))
+        weights = np.log(self.gap_weights())
+        noisy = weights + rng.gumbel(size=(count, len(weights)))
+        places = 2 * pairs + 2 * np.argsort(-noisy, axis=1)[:, :pairs]
+        inputs = np.zeros((count, self.length), np.int32)
+        inputs[:, 0 : 2 * pairs : 2], inputs[:, 1 : 2 * pairs : 2] = keys, values
+        inputs[rows, places] = keys
+        if self.filler == "random":
+            noise = rng.integers(self.vocab_size, size=inputs.shape, dtype=np.int32)
+            inputs = np.where(inputs == 0, noise, inputs)
+        return {
+            "inputs": inputs,
+            "places": places.astype(np.int32),
+            "answers": values.astype(np.int32),
+        }
+
+
+def _distinct(rng, choices, shape):
+    """Rows of distinct numbers below `choices`, all such rows equally likely."""
+    if choices < shape[1] ** 2:  # Drawing again would take too long.
+        return np.argsort(rng.random((shape[0], choices)), axis=1)[:, : shape[1]]
+    drawn = rng.integers(choices, size=shape)
+    while (again := (np.diff(np.sort(drawn, axis=1), axis=1) == 0).any(1)).any():
+        drawn[again] = rng.integers(choices, size=(again.sum(), shape[1]))
+    return drawn

@@ -1,0 +1,172 @@
+"""The attention layers of the recall study, as dense attention under a mask.
+
+At 256 tokens and less a T x T mask is small, and dense attention under it is the same function as
+the sparse kernels compute; it can be batched over runs by `jax.vmap`.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_attn import patterns
+from sparse_attn.models.mixers import nsa
+from sparse_attn.ops.token_select import compress
+from sparse_attn.patterns import base
+from sparse_attn.selection import base as selection
+
+# The static patterns first: they share one program. Blocks of 8 tokens are four pairs.
+METHODS = {
+    "full": "causal()",
+    "window 16": "local(window=16)",
+    "window 64": "local(window=64)",
+    "dilated": "local(window=4) | dilated(window=16, dilation=4)",
+    "BigBird": "causal() & (local(window=16) | global_tokens(tokens=8) "
+    "| random_blocks(block=8, num_blocks=1, seed=0))",
+    "sinks + window 16": "local(window=16) | sinks(tokens=4)",
+    "MoBA": "moba(block_kv=8, top_k=3)",
+    "pooled top-k": "pooled(block_q=8, block_kv=8, top_k=3)",
+    "NSA": "nsa(block_kv=8, top_k=5, initial=0, local=1, window=16, compress_block=8, stride=8)",
+}
+
+
+def rule_of(method: str) -> Any:
+    """The pattern or selector of a method.
+
+    >>> rule_of("window 16")
+    Local(window=16, reach=None)
+    """
+    return patterns.parse(METHODS[method])
+
+
+def is_static(rule: Any) -> bool:
+    """True for a pattern, whose mask is known before any query."""
+    return isinstance(rule, base.Pattern)
+
+
+def mask_of(rule: Any, length: int) -> np.ndarray:
+    """The bool mask `[T, T]` of a pattern; of a selector, what it may choose from.
+
+    >>> mask_of(rule_of("window 16"), 64).sum(1).max().item()
+    16
+    """
+    pattern = rule if is_static(rule) else rule.pattern
+    at = np.arange(length, dtype=np.int32)
+    return np.broadcast_to(pattern.mask_fn(at[:, None], at), (length, length))
+
+
+def attend(q: Any, k: Any, v: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
+    """Output `[B, T, N, H]` and lse `[B, T, N]`; products in q's dtype, softmax in float32.
+
+    `mask` is bool and broadcasts to `[B, N, T, S]`; a query that sees nothing gets 0 and -inf.
+    """
+    logits = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32)
+    logits = jnp.where(mask, logits * q.shape[-1] ** -0.5, -1e30)
+    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    weights = jnp.where(mask, jnp.exp(logits - top), 0)
+    total = weights.sum(-1, keepdims=True)
+    out = jnp.einsum("BNTS,BSNH->BTNH", (weights / jnp.maximum(total, 1e-30)).astype(q.dtype), v)
+    lse = jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-30)), -jnp.inf)
+    return out, lse[..., 0].swapaxes(1, 2)
+
+
+def chosen(rule: selection.Selector, q: Any, k: Any, mask: Any) -> jax.Array:
+    """The bool mask `[B, N, T, T]` of what a selector chooses for these queries and keys."""
+    length = q.shape[1]
+    table = rule.select(q, k)
+    # Lists made at run time have room for all blocks in each row.
+    lists = table.kv_indices.reshape(*table.kv_counts.shape, -1)
+    kept = (lists[..., None] == jnp.arange(table.num_cols)).any(-2)
+    kept = jnp.repeat(jnp.repeat(kept, rule.block_q, 2), rule.block_kv, 3)
+    return kept[:, :, :length, :length] & mask
+
+
+class Attention(nn.Module):
+    """Multi-head attention under `mask [T, T]`, or under what `rule` chooses from it."""
+
+    rule: Any
+    num_heads: int
+    dtype: Any
+    out_scale: float
+
+    @nn.compact
+    def __call__(self, x, mask):
+        heads = (self.num_heads, x.shape[-1] // self.num_heads)
+        init = nn.initializers.variance_scaling
+        q, k, v = (
+            nn.DenseGeneral(
+                heads, use_bias=False, dtype=self.dtype, name=name,
+                kernel_init=init(1.0, "fan_in", "normal"),
+            )(x)
+            for name in ("query", "key", "value")
+        )  # fmt: skip
+        out, _ = attend(q, k, v, mask if self.rule is None else chosen(self.rule, q, k, mask))
+        return nn.DenseGeneral(
+            x.shape[-1], axis=(-2, -1), use_bias=False, dtype=self.dtype, name="out",
+            kernel_init=init(self.out_scale**2, "fan_in", "normal"),
+        )(out)  # fmt: skip
+
+
+class DenseNsa(nsa.NativeSparseAttention):
+    """`NativeSparseAttention` with its three branches as dense attention."""
+
+    def _branches(self, q, keys, segment_ids):
+        rule, length, at = self.rule, q.shape[1], jnp.arange(q.shape[1])
+        k, v = (
+            self._compressed(x, name)
+            for x, name in zip(keys["compressed"], ("key", "value"), strict=True)
+        )
+        ends = rule.strides.mask_fn(at[:, None], jnp.arange(k.shape[1]))
+        compressed, lse = attend(q, k, v, ends)
+        selected = compress.choose_blocks(
+            q, k, lse, strides=rule.strides, block=rule.block_kv, top_k=rule.top_k,
+            initial=rule.initial, local=rule.local,
+        )  # fmt: skip
+        blocks = (selected[..., None] == jnp.arange(-(-length // rule.block_kv))).any(-2)
+        kept = jnp.repeat(blocks, rule.block_kv, -1)[..., :length].swapaxes(1, 2)
+        causal = at[:, None] >= at
+        near = causal & (at[:, None] - at < rule.window)
+        return {
+            "compressed": compressed,
+            "selected": attend(q, *keys["selected"], kept & causal)[0],
+            "window": attend(q, *keys["window"], near)[0],
+        }
+
+
+class Recaller(nn.Module):
+    """Zoology's small model: tokens and places, two attention layers, no MLP, tied output.
+
+    Returns the logits `[B, P, V]` at `places [B, P]` only: nothing else is asked for.
+    """
+
+    rule: Any
+    vocab_size: int
+    width: int
+    num_layers: int = 2
+    num_heads: int = 1
+    dtype: Any = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, tokens, places, mask):
+        init, scale = nn.initializers.normal(0.02), (2 * self.num_layers) ** -0.5
+        table = self.param("embedding", init, (self.vocab_size, self.width))
+        spots = self.param("positions", init, (tokens.shape[1], self.width))
+        x = (table[tokens] + spots).astype(self.dtype)
+        for i in range(self.num_layers):
+            h = nn.LayerNorm(dtype=self.dtype, name=f"norm_{i}")(x)
+            if isinstance(self.rule, nsa.Nsa):
+                x = x + DenseNsa(
+                    rule=self.rule, num_heads=self.num_heads, num_kv_heads=self.num_heads,
+                    head_dim=self.width // self.num_heads, rope_base=None, dtype=self.dtype,
+                    out_scale=scale, name=f"mixer_{i}",
+                )(h)  # fmt: skip
+            else:
+                layer = Attention(self.rule, self.num_heads, self.dtype, scale, name=f"mixer_{i}")
+                x = x + layer(h, mask)
+        x = jnp.take_along_axis(x, places[..., None], 1)
+        x = nn.LayerNorm(dtype=self.dtype, name="final_norm")(x)
+        return jnp.einsum(
+            "BPD,VD->BPV", x, table.astype(self.dtype), preferred_element_type=jnp.float32
+        )
