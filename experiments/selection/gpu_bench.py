@@ -1,7 +1,7 @@
 """Times MoBA and NSA, stage by stage, beside dense causal attention of cuDNN.
 
     python -m experiments.selection.gpu_bench [--out DIR] [--lengths N ...] [--only moba nsa]
-                                              [--kernel NAME] [--tiny]
+                                              [--kernel NAME] [--best sort] [--tiny]
 
 Every stage is a program of its own; arrays are bfloat16 and random, so neighbouring queries choose
 unlike blocks, which is the hardest case for packing them. Backward = both passes minus forward.
@@ -127,10 +127,12 @@ def moba(clock: Clock, sizes, kernel, q, k, v) -> None:
 
     def score(q, k):
         means = scoring.pool(k, block, jnp.ones((1, k.shape[1]), bool))
-        return lists.by_queries(
-            lambda _, q: jnp.moveaxis(scoring.logits(q, means), 1, 2).max(-1), q,
-            elements=q.shape[2] * blocks,
-        )  # fmt: skip
+
+        def largest(end, _, q):
+            z = scoring.logits(q, means[:, : -(-end // block)])
+            return jnp.moveaxis(z, 1, 2).max(-1, keepdims=True)
+
+        return lists.by_prefix(largest, q, count=1, elements=lambda end: q.shape[2] * blocks)
 
     choose = functools.partial(lists.by_mean_key, block=block, top_k=sizes["top_k"])
     clock.forward("scoring", score, q, k)
@@ -157,18 +159,19 @@ def nsa(clock: Clock, sizes, kernel, q, k, v) -> None:
         return compress.choose_blocks(q, mean(k), lse, strides=strides, **names)
 
     def score(q, k, lse):
-        keys, blocks = mean(k), -(-k.shape[1] // sizes["block"])
+        keys = mean(k)
 
-        def weigh(_, xs):
-            q, lse = xs
-            z = scoring.logits(q, keys)
+        def weigh(end, _, xs):
+            (q, lse), count = xs, strides.count(end)
+            z = scoring.logits(q, keys[:, :count])
             p = jnp.exp(z - jnp.moveaxis(lse, 2, 1)[..., None])
             p = p.reshape(1, keys.shape[2], -1, *p.shape[2:]).sum(2)
-            return jnp.moveaxis(
-                compress.importance(p, strides, names["block"], blocks).max(-1), 1, 2
-            )
+            p = compress.importance(p, strides, names["block"], -(-end // names["block"]))
+            return jnp.moveaxis(p, 1, 2).max(-1, keepdims=True)
 
-        return lists.by_queries(weigh, (q, lse), elements=q.shape[2] * keys.shape[1])
+        return lists.by_prefix(
+            weigh, (q, lse), count=1, elements=lambda end: q.shape[2] * strides.count(end)
+        )
 
     for name, branch in (("compressed", compressed), ("window", window)):
         found = clock.forward(name, branch, q, k, v)
@@ -234,8 +237,13 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument(
         "--kernel", default="pallas_gpu" if on_gpu else None, help="backend of `ops.attend`"
     )
+    parser.add_argument(
+        "--best", choices=("sort", "max"), help="how the best are found; default: as the op does"
+    )
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
     options = parser.parse_args(arguments)
+    if options.best is not None:
+        lists._ONE_BY_ONE[jax.default_backend()] = options.best == "max"
     lengths = options.lengths or ((256,) if options.tiny else LENGTHS)
     rows: list[dict[str, Any]] = []
     for name in options.only:
@@ -245,6 +253,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         for length in lengths:
             print(f"{name} {length}", flush=True)
             row = {"method": name, "length": length, "kernel": options.kernel, **sizes}
+            row["best"] = "max" if lists._ONE_BY_ONE[jax.default_backend()] else "sort"
             row["error"] = error
             clock, (q, k, v) = Clock(row), arrays(sizes, length)
             dense(clock, q, k, v)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sparse_attn.ops import attend as attend_lib
 from sparse_attn.ops.token_select import attend as select_lib
-from sparse_attn.ops.token_select import by_block, xla
+from sparse_attn.ops.token_select import by_block, lists, xla
 from sparse_attn.patterns import causal, full
 from tests.ops import contract, oracle
 
@@ -138,10 +138,10 @@ def test_backend_meets_contract(case, impl):
     check(case, impl)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name == "group_of_two"])
-def test_some_places_of_the_lists_at_a_time(case, monkeypatch):
+@pytest.mark.slow
+def test_some_places_of_the_lists_at_a_time(monkeypatch):
     monkeypatch.setitem(by_block._AT_ONCE, "cpu", 1)
-    case = dataclasses.replace(case, count=4, block=8, batch=1)
+    case = Case("in_steps", count=4, block=8, batch=1)
     q, k, v, selected = build(case)[:4]
     inputs = select_lib.validate(*map(jnp.asarray, (q, k, v, selected)), 8, CAUSAL, None, None)
     assert by_block._Shape.of(inputs).steps == 4
@@ -165,11 +165,18 @@ def test_any_lengths_and_blocks(impl, q_len, kv_len, block, heads, count, seed):
 def test_all_blocks_are_dense():
     q, k, v = (jnp.asarray(x) for x in build(Case("dense", kv_heads=2, batch=1))[:3])
     everything = jnp.broadcast_to(jnp.arange(5), (1, 70, 2, 5))
-    want, lse = attend_lib.attend(q, k, v, mask=CAUSAL, return_lse=True)
-    for impl in ("xla", "by_block"):
-        got = select_lib.attend(q, k, v, selected=everything, block=16, return_lse=True, impl=impl)
-        np.testing.assert_allclose(got[0], want, atol=2e-6)
-        np.testing.assert_allclose(got[1], lse, atol=2e-6)
+
+    @functools.partial(jax.jit, compiler_options=contract.COMPILER_OPTIONS)
+    def both(q, k, v):
+        lists_too = {"selected": everything, "block": 16, "impl": "by_block"}
+        return (
+            attend_lib.attend(q, k, v, mask=CAUSAL, return_lse=True, impl="reference"),
+            select_lib.attend(q, k, v, **lists_too, return_lse=True),
+        )
+
+    want, got = both(q, k, v)
+    for mine, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-6)
 
 
 def test_wrong_arguments_are_named():
@@ -193,6 +200,37 @@ def test_wrong_arguments_are_named():
             attend(impl=impl, kernel="xla")
     with pytest.raises(NotImplementedError, match="impl='by_block': impl='pallas_gpu'"):
         attend(impl="by_block", kernel="pallas_gpu")
+
+
+def test_entries_are_sorted_alike_where_numbers_are_large():
+    key = jnp.asarray(np.random.default_rng(0).integers(0, 7, 50), jnp.int32)
+    found = [by_block._sorted(key, most) for most in (7, 1 << 27)]
+    for small, large in zip(*found, strict=True):
+        np.testing.assert_array_equal(small, large)
+    np.testing.assert_array_equal(found[0][1], np.argsort(key, kind="stable"))
+
+
+def test_the_best_are_found_in_either_way(monkeypatch):
+    rng = np.random.default_rng(0)
+    scores = jnp.asarray(rng.integers(0, 4, (3, 50, 9)), jnp.float32).at[0, 0, 0].set(jnp.nan)
+    candidates, forced = (jnp.asarray(rng.random((3, 50, 9)) < p) for p in (0.6, 0.2))
+    found = []
+    for one_by_one in (False, True):
+        monkeypatch.setitem(lists._ONE_BY_ONE, "cpu", one_by_one)
+        found.append(np.asarray(lists.best(scores, 5, candidates, forced)))
+    np.testing.assert_array_equal(*found)
+    assert (found[0] == -1).any()
+
+
+@pytest.mark.slow
+def test_the_bench_runs(tmp_path):
+    from experiments.selection import gpu_bench
+
+    (row,) = gpu_bench.main(["--tiny", "--only", "nsa", "--out", str(tmp_path)])
+    assert not [name for name in row if name.endswith("_error")]
+    assert row["error"] < 0.05
+    assert {"scoring_fwd_ms", "selection_fwd_ms", "fwd_ms", "bwd_ms", "dense_bwd_ms"} <= set(row)
+    assert (tmp_path / "gpu_bench.json").is_file()
 
 
 # --- Memory and work ------------------------------------------------------------------------------

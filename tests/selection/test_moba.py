@@ -10,6 +10,7 @@ import pytest
 from sparse_attn.models import attention
 from sparse_attn.ops import attend as attend_lib
 from sparse_attn.ops.token_select import attend as select_lib
+from sparse_attn.ops.token_select import lists
 from sparse_attn.patterns import full
 from sparse_attn.selection import moba
 from tests.selection import rules
@@ -73,7 +74,8 @@ def test_planted_needle_blocks_are_found():
     assert np.mean(found) >= 0.95
 
 
-def test_lists_are_the_choice_and_attend_to_the_definition():
+def test_lists_are_the_choice_and_attend_to_the_definition(monkeypatch):
+    monkeypatch.setattr(lists, "_PREFIX", 20)
     length, block = 70, 16
     q, k, v = rules.inputs(batch=2, length=length)
     ids = jnp.array([[1] * 30 + [2] * 40, [1] * 50 + [3] * 12 + [0] * 8])
@@ -92,6 +94,7 @@ def test_lists_are_the_choice_and_attend_to_the_definition():
         moba.Moba(block_kv=8, top_p=0.5).lists(q, k)
 
 
+@pytest.mark.slow
 def test_gradients_by_lists_equal_those_of_the_masked_reference():
     q, k, v = rules.inputs(3, batch=1, length=40)
     rule = moba.Moba(block_kv=8, top_k=2)

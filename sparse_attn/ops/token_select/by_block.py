@@ -116,9 +116,7 @@ def _plan(selected, shape: _Shape, blocks: int) -> _Plan:
 
     def one(selected):
         length, places = selected.shape
-        key = jnp.where(selected < 0, blocks, selected).ravel()
-        order = jnp.argsort(key, stable=True).astype(jnp.int32)
-        key = key[order]
+        key, order = _sorted(jnp.where(selected < 0, blocks, selected).ravel(), blocks)
         first = jnp.searchsorted(key, jnp.arange(blocks + 1), side="left").astype(jnp.int32)
         counts = -(-(first[1:] - first[:-1]) // shape.tile)
         ends = jnp.cumsum(counts)
@@ -132,6 +130,16 @@ def _plan(selected, shape: _Shape, blocks: int) -> _Plan:
         return _Plan(token, place.reshape(length, places), starts, counts, tile)
 
     return jax.vmap(jax.vmap(one))(selected.swapaxes(1, 2))
+
+
+def _sorted(key, most):
+    """Keys of 0 .. most in order and where they were; one number each where both fit into it."""
+    size = key.size
+    if (most + 1) * size > jnp.iinfo(jnp.int32).max:
+        order = jnp.argsort(key, stable=True).astype(jnp.int32)
+        return key[order], order
+    packed = jnp.sort(key * size + jnp.arange(size, dtype=jnp.int32))
+    return packed // size, packed % size
 
 
 def _empty_plan(inputs, shape, blocks):

@@ -125,9 +125,7 @@ def choose_blocks(
     """
     q, keys, lse = jax.lax.stop_gradient((q, keys, lse))
     batch, length, heads, _ = q.shape
-    kv_heads, blocks = keys.shape[2], -(-length // block)
-    at = jnp.arange(blocks, dtype=jnp.int32)
-    places = jnp.arange(keys.shape[1], dtype=jnp.int32)
+    kv_heads = keys.shape[2]
     starts = ids = jnp.zeros((batch, length), jnp.int32)
     key_ids = None
     if segment_ids is not None:
@@ -135,19 +133,25 @@ def choose_blocks(
             document_starts(segment_ids), segment_ids, strides.documents(segment_ids)
         )  # fmt: skip
 
-    def choose(positions, xs):
+    def choose(end, positions, xs):
         q, lse, start, ids = xs
-        z = scoring.logits(q, keys, scale)
+        count, blocks = strides.count(end), -(-end // block)
+        places = jnp.arange(count, dtype=jnp.int32)
+        z = scoring.logits(q, keys[:, :count], scale)
         seen = strides.mask_fn(positions[:, None], places)[None]
         if key_ids is not None:
-            seen = seen & (key_ids[:, None] == ids[..., None])
+            seen = seen & (key_ids[:, None, :count] == ids[..., None])
         # A row that sees no compressed key has lse -inf, and nothing here is seen.
         weights = jnp.where(seen[:, None], jnp.exp(z - jnp.moveaxis(lse, 2, 1)[..., None]), 0)
         weights = weights.reshape(batch, kv_heads, -1, *weights.shape[2:]).sum(2)
         scores = jnp.moveaxis(importance(weights, strides, block, blocks), 1, 2)
+        at = jnp.arange(blocks, dtype=jnp.int32)
         first, own = start[..., None] // block, positions[:, None] // block
         candidates = (first <= at) & (at <= own)
         forced = (at < first + initial) | (at > own - local)
         return lists.best(scores, top_k, candidates[:, :, None], forced[:, :, None])
 
-    return lists.by_queries(choose, (q, lse, starts, ids), elements=batch * heads * keys.shape[1])
+    return lists.by_prefix(
+        choose, (q, lse, starts, ids), count=top_k,
+        elements=lambda end: batch * heads * strides.count(end),
+    )  # fmt: skip

@@ -1,17 +1,22 @@
 """Lists of blocks from scores, some queries at a time: the scores of all never exist at once."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from sparse_attn.masks import segments
 from sparse_attn.ops import scoring, tiles
 
 # Numbers in the largest array of a step.
 _AT_ONCE = {"cpu": 1 << 22, "gpu": 1 << 28, "tpu": 1 << 26}
+# Queries in a part that sees one prefix of the keys, at least; and how many parts, at most.
+_PREFIX, _PARTS = 2048, 8
+# How the best are found: by sorting, or one after the other, which reads the scores once for each.
+_ONE_BY_ONE = {"cpu": False, "gpu": True, "tpu": False}
 _LEAST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -38,6 +43,40 @@ def by_queries(f: Callable[[Any, PyTree], PyTree], arrays: PyTree, *, elements: 
     return jax.tree.map(join, found)
 
 
+def by_prefix(
+    f: Callable[[int, Any, PyTree], Array],
+    arrays: PyTree,
+    *,
+    count: int,
+    elements: Callable[[int], int],
+) -> Shaped[Array, "B T U m"]:
+    """Lists `f(end, positions, arrays)` of a causal choice, which needs keys before `end` alone.
+
+    As `by_queries`, for a few parts of the row one after the other: half of the scores of a row
+    are about later keys, and most of them are not computed.
+
+    Args:
+      count: places of a list; `f` may give fewer, the rest is -1.
+      elements: numbers per query in the largest array, by `end`.
+
+    >>> by_prefix(lambda end, at, x: jnp.full((1, at.size, 1, 1), end), jnp.zeros((1, 3)), count=2,
+    ...           elements=lambda end: end)[0, 0, 0].tolist()
+    [3, -1]
+    """
+    length = jax.tree.leaves(arrays)[0].shape[1]
+    parts = max(1, min(_PARTS, length // _PREFIX))
+    bounds = [length * i // parts for i in range(parts + 1)]
+    found = []
+    for start, end in itertools.pairwise(bounds):
+        part = jax.tree.map(lambda x, a=start, b=end: x[:, a:b], arrays)
+        chosen = by_queries(
+            lambda at, xs, a=start, b=end: f(b, at + a, xs), part, elements=elements(end)
+        )
+        widths = ((0, 0),) * 3 + ((0, count - chosen.shape[3]),)
+        found.append(jnp.pad(chosen, widths, constant_values=-1))
+    return jnp.concatenate(found, 1)
+
+
 def best(
     scores: Float[Array, "*B n"],
     count: int,
@@ -54,8 +93,27 @@ def best(
     """
     finite = jnp.clip(jnp.where(jnp.isnan(scores), _LEAST, scores), _LEAST, -_LEAST)
     key = jnp.where(candidates, jnp.where(forced, jnp.inf, finite), -jnp.inf)
-    values, indices = jax.lax.top_k(key, min(count, key.shape[-1]))
+    count = min(count, key.shape[-1])
+    one_by_one = _ONE_BY_ONE[tiles.target().platform]
+    values, indices = _one_by_one(key, count) if one_by_one else jax.lax.top_k(key, count)
     return jnp.where(values == -jnp.inf, -1, indices)
+
+
+def _one_by_one(key, count):
+    """As `jax.lax.top_k`; `key` is only read."""
+    at = jnp.arange(key.shape[-1], dtype=jnp.int32)
+
+    def step(last, _):
+        value, index = (x[..., None] for x in last)
+        left = jnp.where((key < value) | ((key == value) & (at > index)), key, -jnp.inf)
+        index = left.argmax(-1).astype(jnp.int32)
+        last = left.max(-1), index
+        return last, last
+
+    lead = key.shape[:-1]
+    start = jnp.full(lead, jnp.inf, key.dtype), jnp.full(lead, -1, jnp.int32)
+    _, found = jax.lax.scan(step, start, length=count)
+    return tuple(jnp.moveaxis(x, 0, -1) for x in found)
 
 
 def by_mean_key(
@@ -78,23 +136,28 @@ def by_mean_key(
     """
     q, k = jax.lax.stop_gradient((q, k))
     blocks = -(-k.shape[1] // block)
-    at = jnp.arange(blocks, dtype=jnp.int32)
     q_ids, kv_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
     real = jnp.ones((1, k.shape[1]), bool) if kv_ids is None else kv_ids != 0
     means = scoring.pool(k, block, real)
     if kv_ids is not None:
         low, high, _ = segments.block_ranges(kv_ids, block, blocks)
 
-    def choose(positions, xs):
+    def seen(end):
+        return min(blocks, -(-end // block))
+
+    def choose(end, positions, xs):
         q, ids = xs
+        at = jnp.arange(seen(end), dtype=jnp.int32)
         own = at == (positions // block)[:, None]
         past = (at + 1) * block <= positions[:, None]
         candidates = (past | own)[None]
         if kv_ids is not None:
             mine = ids[..., None]
-            candidates = candidates & (low[:, None] <= mine) & (mine <= high[:, None])
-        scores = jnp.moveaxis(scoring.logits(q, means), 1, 2)
+            candidates = candidates & (low[:, None, : at.size] <= mine)
+            candidates = candidates & (mine <= high[:, None, : at.size])
+        scores = jnp.moveaxis(scoring.logits(q, means[:, : at.size]), 1, 2)
         return best(scores, top_k + 1, candidates[:, :, None], own[:, None])
 
     ids = jnp.zeros(q.shape[:2], jnp.int32) if q_ids is None else q_ids
-    return by_queries(choose, (q, ids), elements=q.shape[0] * q.shape[2] * blocks)
+    heads = q.shape[0] * q.shape[2]
+    return by_prefix(choose, (q, ids), count=top_k + 1, elements=lambda end: heads * seen(end))
