@@ -150,10 +150,11 @@ class Recaller(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, places, mask):
-        init, scale = nn.initializers.normal(0.02), (2 * self.num_layers) ** -0.5
+        # Tokens enter with entries of size 1, as large as what a layer adds to them.
+        init, scale = nn.initializers.normal(self.width**-0.5), (2 * self.num_layers) ** -0.5
         table = self.param("embedding", init, (self.vocab_size, self.width))
         spots = self.param("positions", init, (tokens.shape[1], self.width))
-        x = (table[tokens] + spots).astype(self.dtype)
+        x = ((table[tokens] + spots) * self.width**0.5).astype(self.dtype)
         for i in range(self.num_layers):
             h = nn.LayerNorm(dtype=self.dtype, name=f"norm_{i}")(x)
             if isinstance(self.rule, nsa.Nsa):

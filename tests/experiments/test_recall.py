@@ -1,0 +1,80 @@
+"""The recall study: its dense layers compute what the library's ops compute, and recall works."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.recall import dense, mqar_gpu
+from sparse_attn.models.mixers import nsa
+from sparse_attn.ops import attend as attend_lib
+
+SELECTED = [m for m in dense.METHODS if not dense.is_static(dense.rule_of(m))]
+STATIC = [m for m in dense.METHODS if m not in SELECTED]
+
+
+def _arrays(length=48):
+    return jax.random.normal(jax.random.key(0), (3, 2, length, 1, 16))
+
+
+@pytest.mark.parametrize("method", [m for m in dense.METHODS if m != "NSA"])
+def test_dense_attention_is_the_library_s(method):
+    q, k, v = _arrays()
+    rule = dense.rule_of(method)
+    mask = jnp.asarray(dense.mask_of(rule, q.shape[1]))
+    if method in SELECTED:
+        expected = attend_lib.attend(q, k, v, mask=rule.select(q, k), impl="reference")
+        assert not bool(dense.chosen(rule, q, k, mask).all(where=mask))  # something is left out
+        mask = dense.chosen(rule, q, k, mask)
+    else:
+        expected = attend_lib.attend(q, k, v, mask=rule, impl="reference")
+    np.testing.assert_allclose(dense.attend(q, k, v, mask)[0], expected, atol=2e-5)
+
+
+def test_dense_nsa_is_the_layer():
+    x = jax.random.normal(jax.random.key(1), (2, 48, 16))
+    fields = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 16, "rope_base": None}
+    layer = dense.rule_of("NSA").layer(impl="reference", **fields)
+    params = layer.init(jax.random.key(2), x)
+    ours = dense.DenseNsa(rule=dense.rule_of("NSA"), **fields)
+    assert isinstance(layer, nsa.NativeSparseAttention)
+    np.testing.assert_allclose(ours.apply(params, x), layer.apply(params, x), atol=2e-5)
+
+
+def test_a_query_that_sees_nothing():
+    q, k, v = _arrays(4)
+    mask = jnp.tril(jnp.ones((4, 4), bool), -1)
+    out, lse = dense.attend(q, k, v, mask)
+    assert not out[:, 0].any()
+    assert (lse[:, 0] == -jnp.inf).all()
+    grads = jax.grad(lambda q: dense.attend(q, k, v, mask)[0].sum())(q)
+    assert jnp.isfinite(grads).all()
+
+
+def test_batches_are_drawn_as_examples_are():
+    setting = mqar_gpu.Setting.tiny()
+    data = mqar_gpu.data_of(64, setting)["train"]
+    inputs, places, answers = (data[name][0] for name in ("inputs", "places", "answers"))
+    keys = np.take_along_axis(inputs, places, 1)
+    np.testing.assert_array_equal(keys, inputs[:, 0:8:2])
+    np.testing.assert_array_equal(answers, inputs[:, 1:8:2])
+    assert (answers >= 64).all()
+    assert (keys < 64).all()
+    assert (keys > 0).all()
+    assert all(len(set(row)) == 4 for row in places)
+    assert (places % 2 == 0).all()
+    assert not (data["inputs"][0] == data["inputs"][1]).all()  # another seed, other data
+
+
+def test_tiny_grid_resumes(tmp_path, capsys):
+    arguments = ["--tiny", "--out", str(tmp_path), "--methods", "window 16"]
+    assert mqar_gpu.main(arguments) == 0
+    (cell,) = json.loads((tmp_path / "mqar_gpu.json").read_text())["results"]["cells"]
+    assert cell["steps"] == 8
+    assert np.shape(cell["by_seed_and_rate"]) == (3, 4)
+    done = {mqar_gpu.Cell("full", 256, 128)}
+    left = mqar_gpu.plan([256], [128], ["full", "MoBA"], done)
+    assert left == [mqar_gpu.Cell("MoBA", 256, 128)]
+    assert "0 cells left" in capsys.readouterr().out
