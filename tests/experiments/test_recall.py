@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.recall import dense, mqar_gpu
+from experiments.recall import dense, mqar_gpu, report
 from sparse_attn.models.mixers import nsa
 from sparse_attn.ops import attend as attend_lib
 
@@ -78,3 +78,6 @@ def test_tiny_grid_resumes(tmp_path, capsys):
     left = mqar_gpu.plan([256], [128], ["full", "MoBA"], done)
     assert left == [mqar_gpu.Cell("MoBA", 256, 128)]
     assert "0 cells left" in capsys.readouterr().out
+    assert report.main(["--results", str(tmp_path / "mqar_gpu.json")]) == 0
+    assert "| window 16 | 0.22" in (tmp_path / "mqar_gpu.md").read_text()
+    assert report.main(["--results", str(tmp_path / "none.json")]) == 1

@@ -1,0 +1,70 @@
+"""Tables of the recall study from its results file; see README.md.
+
+python -m experiments.recall.report [--results FILE]
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.kernels import bench
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "mqar_gpu.json"
+# Read off a figure of the authors' code for another, harder mix of lengths (up to 256 pairs) with
+# a convolution in front [arXiv:2402.18668, fig. 2], so the order compares and the values do not.
+PUBLISHED = {"full": 1.0, "window 16": 0.15, "window 64": 0.51}
+
+
+def table(cells: Sequence[dict[str, Any]], width: int) -> str:
+    """Markdown: mean accuracy (least to most of the seeds) by method and length, at one width.
+
+    >>> cell = {"method": "full", "length": 64, "width": 128, "density": 0.5, "accuracy": 1.0,
+    ...         "low": 0.99, "high": 1.0}
+    >>> print(table([cell], 128).splitlines()[-1])
+    | full   | 0.5           | 1.00 (0.99 to 1.00) | 1                 |
+    """
+    mine = [c for c in cells if c["width"] == width]
+    lengths = sorted({c["length"] for c in mine})
+    rows = []
+    for method in dict.fromkeys(c["method"] for c in mine):
+        by_length = {c["length"]: c for c in mine if c["method"] == method}
+        last = by_length[max(by_length)]
+        row = {"method": method, f"density at {last['length']}": last["density"] or "chosen"}
+        for length in lengths:
+            cell = by_length.get(length)
+            row[f"T={length}"] = "not run" if cell is None else _accuracy(cell)
+        rows.append(row | {"published (Based)": PUBLISHED.get(method, "")})
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return bench.table([{name: row.get(name, "") for name in names} for row in rows])
+
+
+def _accuracy(cell):
+    return f"{cell['accuracy']:.2f} ({cell['low']:.2f} to {cell['high']:.2f})"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    path = parser.parse_args(argv).results
+    if not path.exists():
+        print(f"no {path}: run `python -m experiments.recall.mqar_gpu` on a GPU first")
+        return 1
+    content = json.loads(path.read_text())
+    setting, cells = content["results"]["setting"], content["results"]["cells"]
+    text = [
+        f"{content['environment']['device']}; {setting['steps']} steps of {setting['batch']} "
+        f"examples, vocabulary {setting['vocab']}; best of the learning rates, mean of the seeds "
+        "(least to most)."
+    ]
+    for width in sorted({c["width"] for c in cells}):
+        text += [f"Width {width}", table(cells, width)]
+    path.with_suffix(".md").write_text("\n\n".join(text) + "\n")
+    print("\n\n".join(text))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
