@@ -154,7 +154,7 @@ def test_each_branch_can_run_alone(branches):
     length=st.integers(1, 70), seed=st.integers(0, 9), rule=st.sampled_from(nsa.EXAMPLES),
     heads=st.sampled_from([(1, 1), (3, 1), (4, 4), (6, 2)]),
 )  # fmt: skip
-@hypothesis.settings(max_examples=6)
+@hypothesis.settings(max_examples=4)
 def test_any_length(length, seed, rule, heads):
     check(rule, length, seed, heads=heads[0], kv_heads=heads[1])
 
