@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from experiments.recall import dense, mqar_gpu, report
+from sparse_attn.data.synthetic import needle
 from sparse_attn.models.mixers import nsa
 from sparse_attn.ops import attend as attend_lib
+from sparse_attn.viz import reach
 
 SELECTED = [m for m in dense.METHODS if not dense.is_static(dense.rule_of(m))]
 STATIC = [m for m in dense.METHODS if m not in SELECTED]
@@ -81,3 +83,25 @@ def test_tiny_grid_resumes(tmp_path, capsys):
     assert report.main(["--results", str(tmp_path / "mqar_gpu.json")]) == 0
     assert "| window 16 | 0.22" in (tmp_path / "mqar_gpu.md").read_text()
     assert report.main(["--results", str(tmp_path / "none.json")]) == 1
+
+
+@pytest.mark.parametrize("method", STATIC)
+def test_a_needle_counts_exactly_where_the_receptive_field_says(method):
+    # The answer is drawn without regard to the rest: a model whose output at the question does not
+    # change with the needle's value is at chance there, however it was trained.
+    task = needle.Needle(vocab_size=48, length=96, depth=0.0)
+    rule = dense.rule_of(method)
+    model = dense.Recaller(rule=None, vocab_size=48, width=16, dtype=jnp.float32)
+    mask, last = jnp.asarray(dense.mask_of(rule, task.length)), jnp.full((1, 1), task.length - 1)
+    tokens = jnp.asarray(task.example(np.random.default_rng(0))["inputs"])[None]
+    params = model.init(jax.random.key(0), tokens, last, mask)
+    # One row per place of a value, with that value changed.
+    places = np.arange(1, task.length - 1, 2)
+    others = jnp.repeat(tokens, len(places), 0)
+    others = others.at[np.arange(len(places)), places].set((others[0, places] + 1) % 48)
+    rows = jnp.concatenate([tokens, others])
+    logits = model.apply(params, rows, jnp.repeat(last, len(rows), 0), mask)
+    changed = np.abs(logits[1:] - logits[:1]).max((1, 2)) > 0
+    field = reach.receptive_field(rule, task.length, num_layers=model.num_layers)
+    np.testing.assert_array_equal(changed, field.reached[-1, places])
+    assert changed.all() == (method in ("full", "window 64"))
