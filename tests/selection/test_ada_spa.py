@@ -15,6 +15,7 @@ def rule(**fields):
     return ada_spa.AdaSpa(block_q=16, block_kv=16, **fields)
 
 
+@pytest.mark.slow
 def test_masses_from_the_lse_are_sums_of_the_dense_map():
     q, k, v = rules.inputs(batch=1, length=50)
     _, lse = attend_lib.attend(q, k, v, mask=full.Full(), return_lse=True, impl="reference")

@@ -4,11 +4,13 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sparse_attn.selection import ada_spa, base, hip
 from tests.selection import rules
 
 
+@pytest.mark.slow
 def test_smooth_scores_are_searched_nearly_as_well_as_by_all_of_them():
     length, block, dim, top_k = 1024, 16, 16, 8
     rng = np.random.default_rng(0)

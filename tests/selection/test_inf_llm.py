@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sparse_attn.patterns import local, sinks
 from sparse_attn.selection import base, inf_llm
@@ -65,6 +66,7 @@ def test_a_group_shares_its_blocks_sinks_and_window_are_in_and_decoding_chooses_
         np.testing.assert_array_equal(row, kept[:, step, : row.shape[-1]])
 
 
+@pytest.mark.slow
 def test_gradients_are_zero_where_no_query_looks():
     q, k, v = rules.inputs(2, batch=1, length=48, heads=2, kv_heads=1)
     rule = inf_llm.InfLlm(block_kv=8, kernel=4, stride=2, top_k=1, always=base.DIAGONAL)
