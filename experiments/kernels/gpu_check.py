@@ -113,7 +113,7 @@ def _inputs(check):
     bias = normal(check.batch, heads, check.kv_len, dtype="float32") if "bias" in extra else None
     if bias is not None:
         bias = jnp.where(jnp.arange(check.kv_len) % 11 == 0, -jnp.inf, bias)
-    inputs = attend_lib._validate(
+    inputs = attend_lib.validate(
         q, k, v, mask, None if ids is None else jnp.asarray(ids, jnp.int32), positions, bias, None,
         20.0 if "cap" in extra else None,
         normal(heads, dtype="float32") if "sinks" in extra else None,

@@ -78,41 +78,33 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class TiledNeighbourhood(base.Pattern):
-    """Keys within `reach` rows and columns on a grid whose tokens are ordered tile by tile."""
+    """Keys within `reach` rows and columns on a grid whose tokens are ordered by 8 x 8 tiles."""
 
     side: int = 128
-    tile: tuple[int, int] = (8, 16)
     reach: int = 6
 
     def _row_col(self, pos):
         # Sizes are powers of two: shifts cost the kernels far less than divisions.
-        rows, cols = (n.bit_length() - 1 for n in self.tile)
-        per_row = self.side.bit_length() - 1 - cols
-        tile, row, col = pos >> (rows + cols), pos >> cols, pos
-        row = ((tile >> per_row) << rows) + (row & (self.tile[0] - 1))
-        return row, ((tile & ((1 << per_row) - 1)) << cols) + (col & (self.tile[1] - 1))
+        per_row = (self.side // 8).bit_length() - 1
+        row = (pos >> (6 + per_row) << 3) + (pos >> 3 & 7)
+        return row, ((pos >> 6 & (self.side // 8 - 1)) << 3) + (pos & 7)
 
     def mask_fn(self, q_pos, kv_pos):
         (qr, qc), (kr, kc) = self._row_col(q_pos), self._row_col(kv_pos)
-        near_row = (qr - kr <= self.reach) & (kr - qr <= self.reach)
-        return near_row & (qc - kc <= self.reach) & (kc - qc <= self.reach)
+        # Bounds belong to the query alone: four comparisons per pair.
+        near_row = (kr >= qr - self.reach) & (kr <= qr + self.reach)
+        return near_row & (kc >= qc - self.reach) & (kc <= qc + self.reach)
 
     def lowered(self) -> block_mask.BlockMask:
-        """Blocks are tiles: active where two tiles come within reach of each other."""
-        rows, cols = self.tile
-        length, per_row = self.side**2, self.side // cols
-        index = np.arange(length // (rows * cols))
-        row, col = index // per_row, index % per_row
-        gap_row = (np.abs(row[:, None] - row) - 1) * rows + 1
-        gap_col = (np.abs(col[:, None] - col) - 1) * cols + 1
-        states = ((gap_row <= self.reach) & (gap_col <= self.reach)).astype(np.int8)
+        """Two neighbouring tiles of queries against every tile of keys that comes within reach."""
+        length, per_row = self.side**2, self.side // 8
+        tile = np.arange(length // 64)
+        row, col = tile // per_row, tile % per_row
+        near = -(-self.reach // 8)  # Tiles within reach of a tile.
+        pairs = (np.abs(row[:, None] - row) <= near) & (np.abs(col[:, None] - col) <= near)
+        states = (pairs[::2] | pairs[1::2]).astype(np.int8)
         return block_mask.from_block_states(
-            states,
-            rule=self,
-            q_len=length,
-            kv_len=length,
-            block_q=rows * cols,
-            block_kv=rows * cols,
+            states, rule=self, q_len=length, kv_len=length, block_q=BLOCK, block_kv=64
         )
 
 
