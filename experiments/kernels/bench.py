@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -75,6 +76,15 @@ def environment() -> dict[str, Any]:
         "changed_files": len((_git("status", "--porcelain") or "").splitlines()),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def file_stem(device_kind: str) -> str:
+    """A device in the name of a results file.
+
+    >>> file_stem("NVIDIA H100 80GB HBM3")
+    'nvidia_h100_80gb_hbm3'
+    """
+    return re.sub(r"\W+", "_", device_kind.lower())
 
 
 def write(results: Any, path: str | os.PathLike) -> pathlib.Path:

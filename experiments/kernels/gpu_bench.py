@@ -1,14 +1,15 @@
-"""Times the Hopper kernels beside FlexAttention, cuDNN and JAX's own Mosaic attention.
+"""Times our GPU kernels beside FlexAttention, cuDNN and JAX's own Mosaic attention.
 
-One run on a Hopper GPU makes one table, a JSON file and a plot:
+One run on a GPU makes one table, a JSON file and a plot, named after the kernels and the device:
 
-    python -m experiments.kernels.gpu_bench [--out DIR] [--only NAME ...]
+    python -m experiments.kernels.gpu_bench [--kernel triton_gpu] [--out DIR] [--only NAME ...]
 
 Backward times include `delta = sum(dout * out)`. Effective TFLOP/s count 4 D flops per visible
 pair forward and 10 D backward; active-block TFLOP/s count the pairs of the blocks that are run.
 """
 
 import argparse
+import importlib
 import json
 import os
 import pathlib
@@ -25,7 +26,6 @@ import jax.numpy as jnp
 from experiments.kernels import bench, gpu_workloads
 from sparse_attn.masks import segments
 from sparse_attn.ops.block_sparse import inputs as inputs_lib
-from sparse_attn.ops.block_sparse import pallas_gpu
 
 _BUDGET_MS, _ROUNDS = 40.0, 5  # Milliseconds of work per measurement; the median of so many.
 
@@ -55,8 +55,9 @@ def _arrays(work, dtype=jnp.bfloat16):
     ]
 
 
-def ours(work):
-    """Compiled forward and backward of our kernels: (mask, build ms, forward, backward)."""
+def ours(work, kernel: str):
+    """Compiled forward and backward of a backend of ours, the mask and the time to build it."""
+    backend = importlib.import_module(f"sparse_attn.ops.block_sparse.{kernel}")
     started = time.perf_counter()
     mask, ids = work.lowered(), work.segment_ids()
     build_ms = 1e3 * (time.perf_counter() - started)
@@ -72,11 +73,11 @@ def ours(work):
         )
 
     def forward(q, k, v, mask):
-        return pallas_gpu.forward(inputs(q, k, v, mask))
+        return backend.forward(inputs(q, k, v, mask))
 
     def backward(q, k, v, mask, out, lse, dout):
         delta = jnp.einsum("bthd,bthd->bth", out.astype(jnp.float32), dout.astype(jnp.float32))
-        return pallas_gpu.backward(inputs(q, k, v, mask), lse, dout, delta)
+        return backend.backward(inputs(q, k, v, mask), lse, dout, delta)
 
     # Static lists are constants of the program, run-time lists its arguments.
     static = mask if mask.is_static else None
@@ -264,10 +265,10 @@ def plot(results, path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _work(name: str) -> None:
+def _work(name: str, kernel: str) -> None:
     """Compiles one workload, waits for a line on stdin, times it and prints the result."""
     (work,) = (w for w in gpu_workloads.WORKLOADS if w.name == name)
-    compiled = ours(work)
+    compiled = ours(work, kernel)
     flex = _guarded(compile_flex, work)
     print("READY", flush=True)
     sys.stdin.readline()
@@ -290,10 +291,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="experiments/kernels/results", help="folder of the files")
     parser.add_argument("--only", nargs="*", help="names (or parts of names) of workloads")
+    parser.add_argument("--kernel", choices=("pallas_gpu", "triton_gpu"), default="pallas_gpu")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work is not None:
-        _work(options.work)
+        _work(options.work, options.kernel)
         return
     chosen = [
         w
@@ -302,11 +304,11 @@ def main() -> None:
     ]
     # A process each: compiling takes far longer than timing. All compile at the same time; they
     # are timed one after the other, when nobody compiles.
-    command = [sys.executable, "-m", "experiments.kernels.gpu_bench", "--work"]
+    command = [sys.executable, "-m", "experiments.kernels.gpu_bench", "--kernel", options.kernel]
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [*command, work.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [*command, "--work", work.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=environment,
         )
         for work in chosen
@@ -325,9 +327,12 @@ def main() -> None:
         results.append(json.loads(found) if found else {"workload": work.name, "error": "ended"})
         print(_short(results[-1]), flush=True)
     out = pathlib.Path(options.out)
-    bench.write(results, out / "gpu_bench_h200.json")
-    plot([r for r in results if "fwd_ms" in r], out / "gpu_bench_h200.png")
-    print(bench.table([_row(r) for r in results]))
+    stem = f"{options.kernel}_{bench.file_stem(jax.devices()[0].device_kind)}"
+    bench.write(results, out / f"{stem}.json")
+    plot([r for r in results if "fwd_ms" in r], out / f"{stem}.png")
+    table = bench.table([_row(r) for r in results])
+    (out / f"{stem}.md").write_text(table + "\n")
+    print(table)
 
 
 def _short(result) -> dict:

@@ -1,6 +1,6 @@
 """Checks the Hopper kernels on a Hopper GPU at real sizes, against float32 dense attention.
 
-    python -m experiments.kernels.gpu_check [--shards 8] [--out FILE]
+    python -m experiments.kernels.gpu_check [--shards 8] [--out DIR]
 
 Every cell (head_dim, block, dtype, group, static or run-time lists) and every feature: forward,
 lse and all gradients, lengths that are multiples of nothing, empty rows and columns, and repeats
@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -214,6 +215,8 @@ def checks() -> list[Check]:
         Check(mask="causal", q_len=1037, kv_len=3001, block_q=256, block_kv=64),
         Check(mask="window", block_q=32, block_kv=16, q_len=777, kv_len=777),
         Check(mask="causal", head_dim=80, v_dim=48),
+        Check(mask="window", head_dim=192, v_dim=128, group=2),
+        Check(mask="window", head_dim=64, v_dim=128),
         Check(mask="window", q_len=1, kv_len=1, block_q=16, block_kv=16),
     ]
     return cells + features
@@ -223,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", type=int, default=8, help="processes")
     parser.add_argument("--shard", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--out", default="experiments/kernels/results/gpu_check_h200.json")
+    parser.add_argument("--out", default="experiments/kernels/results", help="folder of the file")
     options = parser.parse_args()
     if options.shard is not None:
         for check in checks()[options.shard :: options.shards]:
@@ -246,7 +249,8 @@ def main() -> None:
     ]
     lines = [line for shard in shards for line in shard.communicate()[0].splitlines()]
     results = [json.loads(line[7:]) for line in lines if line.startswith("RESULT ")]
-    bench.write(results, options.out)
+    name = bench.file_stem(jax.devices()[0].device_kind)
+    bench.write(results, pathlib.Path(options.out) / f"gpu_check_{name}.json")
     bad = [r for r in results if not r["ok"]]
     worst = {}
     for result in results:

@@ -18,7 +18,6 @@ import functools
 import json
 import os
 import pathlib
-import re
 import statistics
 import sys
 import time
@@ -361,7 +360,7 @@ def file_name(kind: str, devices: int) -> str:
     >>> file_name("NVIDIA H100 80GB HBM3", 2)
     'nvidia_h100_80gb_hbm3_x2.json'
     """
-    return re.sub(r"\W+", "_", kind.lower()) + f"_x{devices}.json"
+    return f"{bench.file_stem(kind)}_x{devices}.json"
 
 
 def main() -> int:

@@ -21,11 +21,9 @@ _LOG = logging.getLogger(__name__)
 _FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 # Order of preference by platform. "reference" is never chosen by itself: it is the dense oracle.
-# The GPU kernels run only when named until their device checks (experiments/kernels/gpu_check.py,
-# triton_check.py) have passed in their present form: a slow right answer before a fast one.
 _PREFERENCE = {
     "cpu": ("xla",),
-    "gpu": ("xla",),
+    "gpu": ("pallas_gpu", "triton_gpu", "xla"),
     "tpu": ("pallas_tpu", "xla"),
 }
 _BACKENDS = ("reference", "xla", "pallas_tpu", "pallas_gpu", "triton_gpu")

@@ -65,12 +65,12 @@ def test_refuses_older_jax(monkeypatch):
         pallas_gpu.check(make_inputs(lower.lower(WINDOW, q_len=512)))
 
 
-def test_hopper_takes_it_when_named():
-    if plgpu_compat.missing() is not None:
-        pytest.skip(f"Mosaic GPU {plgpu_compat.missing()}")
+@needs_mosaic
+@pytest.mark.parametrize("impl", [None, "pallas_gpu"])
+def test_hopper_takes_it(impl):
     inputs = make_inputs(lower.lower(WINDOW, q_len=512))
     with tiles.assume(HOPPER):
-        assert attend_lib.choose(inputs, "pallas_gpu") is pallas_gpu
+        assert attend_lib.choose(inputs, impl) is pallas_gpu
 
 
 CELLS = [
@@ -96,6 +96,20 @@ def test_lowers_for_cuda(dim, block, dtype, group, tables):
 
     exported = jax.export.export(jax.jit(both), platforms=["cuda"])(*inputs[:3], inputs.q, arrays)
     assert exported.mlir_module().count("mosaic_gpu") >= 3  # Forward, dq, and dk with dv.
+
+
+@needs_mosaic
+@pytest.mark.parametrize("dim, v_dim", [(80, 48), (64, 128), (192, 128)])
+def test_values_of_another_width_lower(dim, v_dim):
+    inputs = make_inputs(lower.lower(WINDOW, q_len=512), dim=dim)
+    inputs = inputs._replace(v=jax.ShapeDtypeStruct((1, 512, 2, v_dim), jnp.bfloat16))
+
+    def both(q, k, v):
+        call = inputs._replace(q=q, k=k, v=v)
+        out, lse = pallas_gpu.forward(call)
+        return pallas_gpu.backward(call, lse, out, lse)[:3]
+
+    assert jax.export.export(jax.jit(both), platforms=["cuda"])(*inputs[:3])
 
 
 @needs_mosaic

@@ -65,10 +65,12 @@ def forward(
     q_len, v_dim = inputs.q.shape[1], inputs.v.shape[-1]
     q, k, v = (_pad(x) for x in inputs[:3])
     (batch_size, padded_len, num_heads, qk_dim), width, dtype = q.shape, v.shape[-1], q.dtype
+    wide = max(qk_dim, width)  # Q and then the output are copied as one tile: both get its width.
+    q = jnp.pad(q, ((0, 0),) * 3 + ((0, wide - qk_dim),))
     group = inputs_lib.group_size(inputs)
     lists, arrays = gpu_walk.lists_of(inputs, "kv", num_heads)
     wgs, own = lists.warpgroups, pl.ds(0, lists.wg_rows)
-    schedule = schedule or gpu_walk.schedule_of(lists, max(qk_dim, width), qk_dim + width, tile=128)
+    schedule = schedule or gpu_walk.schedule_of(lists, wide, qk_dim + width, tile=128)
     tile, stages, buffers = gpu_walk.tile_of(lists, schedule), schedule.stages, schedule.buffers
     shape = (_ROWS, tile)
     rules = gpu_rules.rules_of(inputs, shape, 0)
@@ -177,9 +179,7 @@ def forward(
             lse_smem[wg] = jnp.where(empty, -jnp.inf, lse)
             rows = pl.ds(q_first, lists.wg_rows)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(
-                q_tile.at[own, pl.ds(0, width)], refs["out"].at[batch, rows, head]
-            )
+            plgpu.copy_smem_to_gmem(q_tile.at[own], refs["out"].at[batch, rows, head])
             plgpu.copy_smem_to_gmem(lse_smem.at[wg, own], refs["lse"].at[batch, head, rows])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(q_free.at[buffer])
@@ -191,7 +191,7 @@ def forward(
             pl.when(n >= buffers)(lambda: plgpu.barrier_wait(q_free.at[buffer]))
             for w in range(wgs):
                 window = (batch, pl.ds(first + w * lists.wg_rows, _ROWS), head)
-                target = q_smem.at[buffer, w, :, pl.ds(0, qk_dim)]
+                target = q_smem.at[buffer, w]
                 plgpu.copy_gmem_to_smem(refs["q"].at[window], target, q_full.at[buffer])
             kv_head = lax.div(head, jnp.int32(group))
             sources = (refs[name].at[batch, :, kv_head] for name in ("k", "v"))
@@ -211,11 +211,11 @@ def forward(
             "sinks": None if sinks is None else sinks * gpu_rules.LOG2E,
         },
         out_type={
-            "out": jax.ShapeDtypeStruct((batch_size, padded_len, num_heads, width), dtype),
+            "out": jax.ShapeDtypeStruct((batch_size, padded_len, num_heads, wide), dtype),
             "lse": jax.ShapeDtypeStruct((batch_size, num_heads, rows_len), jnp.float32),
         },
         scratch=(
-            gpu_walk.smem((buffers, wgs, _ROWS, max(qk_dim, width)), dtype),
+            gpu_walk.smem((buffers, wgs, _ROWS, wide), dtype),
             gpu_walk.smem((stages, tile, qk_dim), dtype),
             gpu_walk.smem((stages, tile, width), dtype),
             plgpu.SMEM((wgs, _ROWS), jnp.float32),
