@@ -59,7 +59,7 @@ class SelfAttention(nn.Module):
       num_heads, num_kv_heads, head_dim: N, K (which divides N) and H.
       pattern: what is visible: a `Pattern`, a `PerHead`, or anything else `attend` takes as mask.
         Heads with a pattern of coarser keys (`cross_grid`) see averages of keys and values. A
-        `Selector` chooses from the rotated queries and keys.
+        `Selector` chooses from the rotated queries and keys; `landmark` attends by itself.
       block: tokens per block of the mask, along queries and keys; None = `attend` chooses. Smaller
         blocks follow a fine pattern more closely, larger ones suit the matrix units. A selector has
         blocks of its own, whatever this says.
@@ -130,6 +130,8 @@ class SelfAttention(nn.Module):
             if segment_ids is not None:
                 raise ValueError(f"segment_ids must be None for pooled keys, {self.pattern!r}")
             attend = functools.partial(pooled.attend_pooled, mask=self.pattern, block=self.block)
+        elif isinstance(self.pattern, selection_base.OwnAttention) and self.pattern.causal:
+            attend = self._own_attention(segment_ids, sinks_N)
         elif self._by_lists(sinks_N):
             attend = self._list_attention(q_BTNH, k_BTKH, segment_ids)
         else:
@@ -153,6 +155,14 @@ class SelfAttention(nn.Module):
             kernel_init=nn.initializers.variance_scaling(self.out_scale**2, "fan_in", "normal"),
             name="out",
         )(out_BTNH)
+
+    def _own_attention(self, segment_ids, sinks_N):
+        for name, value in (("logits_soft_cap", self.logits_soft_cap), ("sink_logits", sinks_N)):
+            if value is not None:
+                raise ValueError(f"{name} must be None for {self.pattern.expression()}")
+        if self.tokens.order is not None or mesh_lib.current() is not None:
+            raise NotImplementedError(f"{self.pattern.expression()}: on one device only")
+        return lambda q, k, v, **_: self.pattern.attend(q, k, v, segment_ids=segment_ids)
 
     def _by_lists(self, sinks_N):
         # The same choice as a mask of single queries, in less memory and time; what this op does

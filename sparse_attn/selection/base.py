@@ -232,6 +232,21 @@ class Selector(base.Expression):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnAttention(Selector):
+    """A rule that has `attend` and no mask of blocks in place: it chooses tokens, or moves them."""
+
+    def select(self, q, k, *, segment_ids=None, params=None):
+        """Raises NotImplementedError: no `BlockMask` says what the rule keeps.
+
+        Raises:
+          NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            f"{self.expression()} moves tokens or keeps single ones: call attend, not select"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockScores(Selector):
     """A rule that scores pairs of blocks and keeps the best; a subclass defines `scores`.
 

@@ -15,23 +15,10 @@ from sparse_attn.selection import base, pooled, vertical_slash
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reordered(base.Selector):
-    """A rule that moves tokens by their content: it has `attend` and no mask of tokens in place.
-
-    Such a rule looks ahead and runs on one document.
-    """
+class Reordered(base.OwnAttention):
+    """A rule that moves tokens by their content; it looks ahead and runs on one document."""
 
     looks_ahead: ClassVar[bool] = True
-
-    def select(self, q, k, *, segment_ids=None, params=None):
-        """Raises NotImplementedError: the blocks hold tokens of a new order.
-
-        Raises:
-          NotImplementedError: always.
-        """
-        raise NotImplementedError(
-            f"{self.expression()} moves tokens before it chooses blocks: call attend, not select"
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

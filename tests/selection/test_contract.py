@@ -56,7 +56,7 @@ def test_rules_and_patterns_have_names_of_their_own():
     assert not set(rules.NAMES) & set(patterns_base.discover())
 
 
-@pytest.mark.parametrize("rule", rules.EXAMPLES + rules.REORDERED, ids=lambda r: r.expression())
+@pytest.mark.parametrize("rule", rules.EXAMPLES + rules.OWN, ids=lambda r: r.expression())
 def test_equality_hash_and_text_round_trip(rule):
     twin = copy.deepcopy(rule)
     assert twin == rule
@@ -64,7 +64,7 @@ def test_equality_hash_and_text_round_trip(rule):
     assert patterns_base.parse(rule.expression()) == rule
     assert patterns_base.parse(rule.expression(), rules.PACKAGE) == rule
     assert str(rule) == rule.expression()
-    assert (rules.EXAMPLES + rules.REORDERED).count(rule) == 1
+    assert (rules.EXAMPLES + rules.OWN).count(rule) == 1
     name = type(rule).__module__.rsplit(".", 1)[-1]
     assert type(rule) is patterns_base.find(name, rules.PACKAGE)
     with pytest.raises(dataclasses.FrozenInstanceError):

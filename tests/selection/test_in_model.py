@@ -45,7 +45,13 @@ def test_layer_selects_from_rotated_queries_and_keys():
 
 @pytest.mark.parametrize(
     "pattern",
-    [f"per_layer(({POOLED}, causal()))", pytest.param(POOLED, marks=pytest.mark.slow)],
+    [
+        f"per_layer(({POOLED}, causal()))",
+        *(
+            pytest.param(text, marks=pytest.mark.slow)
+            for text in (POOLED, "landmark(block_kv=4, top_k=1)")
+        ),
+    ],
 )
 def test_a_model_trains(pattern):
     model, optimizer = config(pattern), tiny.optimizer(steps=12)
