@@ -83,6 +83,13 @@ class Selector(base.Expression):
             raise ValueError(f"always={self.always!r} must be a Pattern or None")
         self._check_blocks()
 
+    def _check_fixed(self, **fields: Any):
+        """Fields that a rule has as a selector, and that have one value."""
+        for name, value in fields.items():
+            given, wanted = (base._text(x) for x in (getattr(self, name), value))
+            if given != wanted:
+                raise ValueError(f"{name}={given} must be {wanted}")
+
     def _check_blocks(self):
         if self.pattern.causal and self.block_q % self.block_kv:
             raise ValueError(

@@ -46,9 +46,7 @@ class Landmark(base.OwnAttention):
         patterns_base.check_int("block_kv", self.block_kv, least=2)
         if self.top_k is not None:
             patterns_base.check_int("top_k", self.top_k)
-        for name, fixed in (("block_q", 1), ("always", None), ("pattern", base.CAUSAL)):
-            if getattr(self, name) != fixed:
-                raise ValueError(f"{name}={getattr(self, name)} must be {fixed}")
+        self._check_fixed(block_q=1, always=None, pattern=base.CAUSAL)
 
     def lists(
         self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], *, segment_ids: Any = None

@@ -79,9 +79,7 @@ class Nsa(base.Selector):
             patterns_base.check_int("gate_dim", self.gate_dim)
         for name, choices in (("compress", COMPRESSIONS), ("gates", GATES), ("keys", KEYS)):
             patterns_base.check_choice(name, getattr(self, name), choices)
-        for name, fixed in (("block_q", 1), ("always", None), ("pattern", base.CAUSAL)):
-            if getattr(self, name) != fixed:
-                raise ValueError(f"{name}={getattr(self, name)} must be {fixed}")
+        self._check_fixed(block_q=1, always=None, pattern=base.CAUSAL)
         for name in ("block_kv", "compress_block"):
             if getattr(self, name) % self.stride:
                 raise ValueError(
@@ -123,7 +121,7 @@ class Nsa(base.Selector):
         Raises:
           ValueError: a field is set that this attention does not have.
         """
-        for name in ("logits_soft_cap", "sink_logits"):
+        for name in ("logits_soft_cap", "sink_logits", "short_conv"):
             if fields.pop(name, None) is not None:
                 raise ValueError(f"{name} must be None for {self.expression()}")
         fields.pop("block", None)  # Of masks; selected blocks are `block_kv`.
