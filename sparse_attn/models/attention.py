@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from sparse_attn.masks import lower
+from sparse_attn.models import short_conv as short_conv_lib
 from sparse_attn.ops import pooled
 from sparse_attn.ops.token_select import attend as select_lib
 from sparse_attn.parallel import attention as parallel_lib
@@ -53,7 +54,8 @@ class SelfAttention(nn.Module):
     """Self-attention [arXiv:1706.03762, sec. 3.2] with rotary positions and grouped KV heads.
 
     Parameters (float32): `query/kernel [D, N, H]`, `key/kernel` and `value/kernel [D, K, H]`,
-    `out/kernel [N, H, D]`, `sink_logits [N]` when they are learned, and what a selector trains.
+    `out/kernel [N, H, D]`, `sink_logits [N]` when they are learned, `(query|key|value)_taps
+    [W, N or K, H]` with a convolution, and what a selector trains.
 
     Attributes:
       num_heads, num_kv_heads, head_dim: N, K (which divides N) and H.
@@ -70,6 +72,8 @@ class SelfAttention(nn.Module):
       logits_soft_cap: see `attend`; None = off.
       sink_logits: "learned" for one trained logit per head in the softmax denominator
         [arXiv:2508.10925, sec. 2.2], zero at the start; None = off.
+      short_conv: W, tokens (itself included) that a causal convolution mixes into each query, key
+        and value before they are rotated, see `short_conv.py`; None = off.
       out_scale: factor on the initial output projection; a deep model uses less than 1.
 
     >>> from sparse_attn.patterns import local
@@ -92,6 +96,7 @@ class SelfAttention(nn.Module):
     rope_base: float | None = 10_000.0
     logits_soft_cap: float | None = None
     sink_logits: str | None = None
+    short_conv: int | None = None
     out_scale: float = 1.0
 
     @nn.compact
@@ -120,6 +125,23 @@ class SelfAttention(nn.Module):
         q_BTNH = project(self.num_heads, "query")
         k_BTKH = project(self.num_kv_heads, "key")
         v_BTKH = project(self.num_kv_heads, "value")
+        if self.short_conv is not None:
+            if self.tokens.order is not None:
+                raise ValueError(
+                    f"short_conv={self.short_conv} must be None for tokens in another order"
+                )
+            q_BTNH, k_BTKH, v_BTKH = (
+                short_conv_lib.short_conv(
+                    x,
+                    self.param(name, short_conv_lib.init, (self.short_conv, *x.shape[2:])),
+                    segment_ids,
+                )
+                for x, name in (
+                    (q_BTNH, "query_taps"),
+                    (k_BTKH, "key_taps"),
+                    (v_BTKH, "value_taps"),
+                )
+            )
         if self.rope_base is not None:
             q_BTNH = rope(q_BTNH, positions, base=self.rope_base)
             k_BTKH = rope(k_BTKH, positions, base=self.rope_base)

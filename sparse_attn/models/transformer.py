@@ -50,6 +50,7 @@ class LayersConfig:
       attention_soft_cap: `cap * tanh(x / cap)` on attention logits [arXiv:2408.00118, sec. 2];
         None = off.
       sink_logits: None or "learned", see `SelfAttention`.
+      short_conv: tokens that a convolution mixes before attention, see `SelfAttention`; None = off.
 
     Raises:
       ValueError: a size is not positive, heads do not divide, or a choice is unknown.
@@ -71,6 +72,7 @@ class LayersConfig:
     rope_base: float | None = 10_000.0
     attention_soft_cap: float | None = None
     sink_logits: str | None = None
+    short_conv: int | None = None
 
     def __post_init__(self):
         if self.num_kv_heads is None:
@@ -115,6 +117,8 @@ class LayersConfig:
         self._check_choice("remat", REMAT)
         self._check_choice("layer_loop", LAYER_LOOPS)
         self._check_choice("sink_logits", attention.SINK_LOGITS)
+        if self.short_conv is not None:
+            self._check_positive("short_conv")
 
     def _check_positive(self, name):
         if getattr(self, name) < 1:
@@ -240,6 +244,7 @@ class Block(nn.Module):
             rope_base=c.rope_base,
             logits_soft_cap=c.attention_soft_cap,
             sink_logits=c.sink_logits,
+            short_conv=c.short_conv,
             out_scale=out_scale,
             name="attention",
         )(
@@ -279,6 +284,7 @@ class Transformer(nn.Module):
         layers/attention/(key|value)/kernel    [L, D, K, H]
         layers/attention/out/kernel            [L, N, H, D]
         layers/attention/sink_logits           [L, N]        if learned
+        layers/attention/(query|..)_taps       [L, W, .., H] with short_conv
         layers/mlp_norm/scale                  [L, D]
         layers/mlp/(gate|up)/kernel            [L, D, F]
         layers/mlp/down/kernel                 [L, F, D]

@@ -29,6 +29,7 @@ RULES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     (r"attention/(query|key|value)/kernel$", (None, "fsdp", "tensor", None)),
     (r"attention/out/kernel$", (None, "tensor", None, "fsdp")),
     (r"attention/sink_logits$", (None, "tensor")),
+    (r"attention/(query|key|value)_taps$", (None, None, "tensor", None)),
     (r"mlp/(gate|up)/kernel$", (None, "fsdp", "tensor")),
     (r"mlp/down/kernel$", (None, "tensor", "fsdp")),
     (r"(scale|bias|gate_query|gate_key)$", ()),

@@ -11,7 +11,8 @@ from sparse_attn.train import spikes
 
 # Parameters whose path ends in one of these are not decayed: they set scales, not directions, or
 # (the gates of a selector) get no gradient from the loss that would hold them.
-NOT_DECAYED = ("scale", "bias", "sink_logits", "gate_query", "gate_key")
+TAPS = ("query_taps", "key_taps", "value_taps")
+NOT_DECAYED = ("scale", "bias", "sink_logits", "gate_query", "gate_key", *TAPS)
 
 
 def warmup_cosine(
@@ -64,7 +65,8 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW with decoupled decay [arXiv:1711.05101, alg. 2] after a clip of the global norm.
 
-    `clip_norm=None` does not clip. Norm scales, biases, sink logits and gates are not decayed.
+    `clip_norm=None` does not clip. What is in `NOT_DECAYED` (norm scales, biases, ...) is not
+    decayed.
 
     Raises:
       ValueError: `clip_norm <= 0`, `weight_decay < 0`, or a beta outside [0, 1).

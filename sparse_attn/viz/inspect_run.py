@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PyTree
 from sparse_attn.data import tokenizer
 from sparse_attn.masks import block_mask, lower
 from sparse_attn.models import attention as attention_lib
+from sparse_attn.models import short_conv
 from sparse_attn.ops import pooled
 from sparse_attn.parallel import attention as parallel_lib
 from sparse_attn.patterns import base, per_head
@@ -67,6 +68,9 @@ class InspectedRun:
             (positions,) = found["positions"]
             for name, rotated in (("query", queries), ("key", keys)):
                 (x,) = found[name]["kept"]
+                if config.short_conv is not None:
+                    taps = self.params["layers"]["attention"][f"{name}_taps"][layer]
+                    x = short_conv.short_conv(x, taps)
                 if config.rope_base is not None:
                     x = attention_lib.rope(x, positions, base=config.rope_base)
                 rotated.append(np.asarray(x[0].astype(jnp.float32)))
