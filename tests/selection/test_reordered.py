@@ -12,7 +12,7 @@ from sparse_attn.ops import attend as attend_lib
 from sparse_attn.ops import kept_mass, scoring
 from sparse_attn.patterns import base as patterns_base
 from sparse_attn.patterns import chunked
-from sparse_attn.selection import base, hyper, pbs, routing, svg2
+from sparse_attn.selection import base, hyper, mm_inference, pbs, routing, svg2
 from tests.selection import rules
 
 REORDERED = [r for r in rules.OWN if isinstance(r, pbs.Reordered)]
@@ -54,6 +54,7 @@ def test_a_budget_for_everything_is_dense_with_its_gradients(rule):
         pbs.Pbs: {"top_k": 10_000},
         svg2.Svg2: {"top_p": 1.0},
         hyper.Hyper: {"block_q": 64, "block_kv": 64, "samples": None, "least": 32},
+        mm_inference.MmInference: {"always": base.CAUSAL},
     }[type(rule)]
     rule = dataclasses.replace(rule, **changes)
 
