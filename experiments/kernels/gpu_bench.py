@@ -268,8 +268,9 @@ def plot(results, path) -> None:
 def _work(name: str, kernel: str) -> None:
     """Compiles one workload, waits for a line on stdin, times it and prints the result."""
     (work,) = (w for w in gpu_workloads.WORKLOADS if w.name == name)
-    compiled = ours(work, kernel)
+    # FlexAttention first: importing jax-triton takes the compiler's cache folder from torch.
     flex = _guarded(compile_flex, work)
+    compiled = ours(work, kernel)
     print("READY", flush=True)
     sys.stdin.readline()
     result = {"workload": work.name, **_guarded(time_ours, work, compiled)}
@@ -292,10 +293,14 @@ def main() -> None:
     parser.add_argument("--out", default="experiments/kernels/results", help="folder of the files")
     parser.add_argument("--only", nargs="*", help="names (or parts of names) of workloads")
     parser.add_argument("--kernel", choices=("pallas_gpu", "triton_gpu"), default="pallas_gpu")
+    parser.add_argument("--show", type=pathlib.Path, help="only table and plot this results file")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work is not None:
         _work(options.work, options.kernel)
+        return
+    if options.show is not None:
+        print(show(options.show))
         return
     chosen = [
         w
@@ -308,8 +313,8 @@ def main() -> None:
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [*command, "--work", work.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=environment,
+            [*command, "--work", work.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env=environment,
         )
         for work in chosen
     ]  # fmt: skip
@@ -326,13 +331,20 @@ def main() -> None:
         process.wait()
         results.append(json.loads(found) if found else {"workload": work.name, "error": "ended"})
         print(_short(results[-1]), flush=True)
-    out = pathlib.Path(options.out)
     stem = f"{options.kernel}_{bench.file_stem(jax.devices()[0].device_kind)}"
-    bench.write(results, out / f"{stem}.json")
-    plot([r for r in results if "fwd_ms" in r], out / f"{stem}.png")
-    table = bench.table([_row(r) for r in results])
-    (out / f"{stem}.md").write_text(table + "\n")
-    print(table)
+    print(show(bench.write(results, pathlib.Path(options.out) / f"{stem}.json")))
+
+
+def show(path: pathlib.Path) -> str:
+    """The table of a results file; it and the plot are written beside the file."""
+    content = json.loads(path.read_text())
+    plot([r for r in content["results"] if "fwd_ms" in r], path.with_suffix(".png"))
+    table = bench.table([_row(r) for r in content["results"]])
+    where = content["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
+    text = f"{where['device']}, {versions}, {where['date']}\n\n{table}\n"
+    path.with_suffix(".md").write_text(text)
+    return table
 
 
 def _short(result) -> dict:

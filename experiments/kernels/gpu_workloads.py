@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from sparse_attn.masks import block_mask, lower
@@ -91,9 +92,7 @@ class TiledNeighbourhood(base.Pattern):
 
     def mask_fn(self, q_pos, kv_pos):
         (qr, qc), (kr, kc) = self._row_col(q_pos), self._row_col(kv_pos)
-        # Bounds belong to the query alone: four comparisons per pair.
-        near_row = (kr >= qr - self.reach) & (kr <= qr + self.reach)
-        return near_row & (kc >= qc - self.reach) & (kc <= qc + self.reach)
+        return jnp.maximum(abs(kr - qr), abs(kc - qc)) <= self.reach
 
     def lowered(self) -> block_mask.BlockMask:
         """Two neighbouring tiles of queries against every tile of keys that comes within reach."""
