@@ -60,7 +60,7 @@ def base_config() -> ml_collections.ConfigDict:
     config.model.pattern = "causal()"  # per_layer((a, b)) cycles through the layers
     config.model.update(SIZES["small"])
     config.model.block = config_dict.placeholder(int)  # tokens per mask block; None = automatic
-    config.model.dtype = "float32"  # of the computation; or "bfloat16"
+    config.model.dtype = "auto"  # of the computation: bfloat16 on a GPU or TPU, float32 on CPU
     config.model.remat = "none"  # or "block", "dots"
     config.model.impl = config_dict.placeholder(str)  # backend of `attend`
 

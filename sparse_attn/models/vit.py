@@ -158,7 +158,7 @@ class VisionTransformer(nn.Module):
         Raises:
           ValueError: the images do not have the config's shape.
         """
-        c, dtype = self.config, transformer.DTYPES[self.config.dtype]
+        c, dtype = self.config, transformer.compute_dtype(self.config.dtype)
         if images.shape[1:] != c.image_shape:
             raise ValueError(f"images of shape {images.shape[1:]} must be {c.image_shape}")
         patches_BTP = patchify(images.astype(dtype), c.patch)

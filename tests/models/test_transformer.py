@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from sparse_attn.models import transformer
+from sparse_attn.ops import tiles
 from sparse_attn.patterns import causal, dilated, local, per_head, per_layer, sinks
 from sparse_attn.train import state
 
@@ -316,3 +317,10 @@ def test_wrong_fields_are_named(change, message):
     fields = {"vocab_size": 40, "num_heads": 2, "embed_dim": 16} | change
     with pytest.raises(ValueError, match=message):
         transformer.TransformerConfig(**fields)
+
+
+@pytest.mark.parametrize("platform, dtype", [("cpu", "float32"), ("gpu", "bfloat16")])
+def test_auto_computes_in_the_dtype_of_the_device(platform, dtype):
+    with tiles.assume(tiles.Target(platform, "any")):
+        assert jnp.dtype(transformer.compute_dtype("auto")) == dtype
+        assert transformer.compute_dtype("float32") is jnp.float32
