@@ -29,7 +29,9 @@ def test_errors_are_told_apart(text, full):
 
 
 def test_remedies_are_fields_that_exist_and_need_less():
-    flags = out_of_memory.remedies(config(data__batch_size=8, optim__grad_accum=2))
+    flags = out_of_memory.remedies(
+        config(data__batch_size=8, optim__grad_accum=2, model__dtype="float32")
+    )
     assert flags == [
         "--config.optim.grad_accum=4", "--config.model.remat=block",
         "--config.model.dtype=bfloat16", "--config.data.batch_size=4", "--config.data.context=256",
