@@ -61,7 +61,7 @@ class SelfAttention(nn.Module):
       num_heads, num_kv_heads, head_dim: N, K (which divides N) and H.
       pattern: what is visible: a `Pattern`, a `PerHead`, or anything else `attend` takes as mask.
         Heads with a pattern of coarser keys (`cross_grid`) see averages of keys and values. A
-        `Selector` chooses from the rotated queries and keys; `landmark` attends by itself.
+        `Selector` chooses from the rotated queries and keys, or has an `attend` of its own.
       block: tokens per block of the mask, along queries and keys; None = `attend` chooses. Smaller
         blocks follow a fine pattern more closely, larger ones suit the matrix units. A selector has
         blocks of its own, whatever this says.
@@ -184,7 +184,10 @@ class SelfAttention(nn.Module):
                 raise ValueError(f"{name} must be None for {self.pattern.expression()}")
         if self.tokens.order is not None or mesh_lib.current() is not None:
             raise NotImplementedError(f"{self.pattern.expression()}: on one device only")
-        return lambda q, k, v, **_: self.pattern.attend(q, k, v, segment_ids=segment_ids)
+        options = {"segment_ids": segment_ids}
+        if params := self._rule_params():
+            options["params"] = params
+        return lambda q, k, v, **_: self.pattern.attend(q, k, v, **options)
 
     def _by_lists(self, sinks_N):
         # The same choice as a mask of single queries, in less memory and time; what this op does
@@ -208,13 +211,14 @@ class SelfAttention(nn.Module):
 
         return attend
 
+    def _rule_params(self):
+        start = self.pattern.params_like(self.num_heads, self.num_kv_heads, self.head_dim)
+        return {name: self.param(name, lambda _, x=x: jnp.asarray(x)) for name, x in start.items()}
+
     def _mask(self, q_BTNH, k_BTKH, segment_ids):
         pattern, length = self.pattern, q_BTNH.shape[1]
         if isinstance(pattern, selection_base.Selector):
-            start = pattern.params_like(self.num_heads, self.num_kv_heads, self.head_dim)
-            params = {
-                name: self.param(name, lambda _, x=x: jnp.asarray(x)) for name, x in start.items()
-            }
+            params = self._rule_params()
             return pattern.select(q_BTNH, k_BTKH, segment_ids=segment_ids, params=params)
         if self.block is None:
             return pattern
