@@ -105,14 +105,18 @@ class Nsa(base.Selector):
     def keep(self, q, k, blocks):
         raise NotImplementedError("nsa runs as a layer of its own: `layer(...)`")
 
-    def at_most(self, q_len: int, kv_len: int | None = None) -> block_mask.BlockMask:
-        """A window with as many keys as a query reads at most, for counting."""
+    def most_keys(self, length: int) -> int:
+        """Keys that the last query of a row reads at most, compressed ones included."""
         keys = {
-            "compressed": self.strides.count(q_len),
+            "compressed": self.strides.count(length),
             "selected": self.top_k * self.block_kv,
             "window": self.window,
         }
-        size = min(q_len, sum(keys[name] for name in self.branches))
+        return sum(keys[name] for name in self.branches)
+
+    def at_most(self, q_len: int, kv_len: int | None = None) -> block_mask.BlockMask:
+        """A window with as many keys as a query reads at most, for counting."""
+        size = min(q_len, self.most_keys(q_len))
         return lower.lower(local_lib.Local(window=size), q_len=q_len, kv_len=kv_len)
 
     def layer(self, **fields: Any) -> nn.Module:
@@ -125,7 +129,11 @@ class Nsa(base.Selector):
             if fields.pop(name, None) is not None:
                 raise ValueError(f"{name} must be None for {self.expression()}")
         fields.pop("block", None)  # Of masks; selected blocks are `block_kv`.
-        return NativeSparseAttention(rule=self, **fields)
+        return self._module(rule=self, **fields)
+
+    @property
+    def _module(self):
+        return NativeSparseAttention
 
 
 class NativeSparseAttention(nn.Module):
@@ -261,6 +269,7 @@ class NativeSparseAttention(nn.Module):
         hidden_BTF = nn.silu(x_BTD @ into.astype(self.dtype))
         gates = jnp.einsum("BTF,FNc->cBTN", hidden_BTF, out.astype(self.dtype))
         gates = nn.sigmoid(gates.astype(jnp.float32)).astype(self.dtype)[..., None]
+        self.sow("intermediates", "gates", gates)
         return sum(gates[BRANCHES.index(name)] * x for name, x in outs.items())
 
 
