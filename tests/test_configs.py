@@ -14,6 +14,7 @@ import pytest
 
 from configs import common, lm, quickstart, vit
 from sparse_attn.data import images, tokenizer
+from sparse_attn.data.synthetic import catalog
 from sparse_attn.launch import units
 from sparse_attn.train import config_check, flops, tasks
 
@@ -82,6 +83,9 @@ def test_model_gives_logits_for_the_batch(file, argument):
     logits, _ = shapes(config)
     if config.get("task") == "images":
         row = (images.source(config.data.name).num_classes,)
+    elif config.get("task") == "synthetic":
+        task = catalog.parse(config.data.task)
+        row = (task.length, task.vocab_size)
     else:
         row = (config.data.context, tokenizer.VOCAB_SIZE)
     assert logits.shape == (config.data.batch_size, *row)

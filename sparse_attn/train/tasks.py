@@ -1,4 +1,5 @@
-"""What a run learns, by `config.task`: "text" (the next byte, the default) or "images" (classes).
+"""What a run learns, by `config.task`: "text" (the next byte, the default), "images" (classes) or
+"synthetic" (answers in rows of tokens, `data/synthetic/`).
 
 A task builds the model, opens the data, says how predictions are rated and what a summary tells;
 all else about a run is the same.
@@ -20,6 +21,7 @@ from sparse_attn import patterns
 from sparse_attn.data import corpus as corpus_lib
 from sparse_attn.data import images as images_lib
 from sparse_attn.data import prepare, text, tokenizer
+from sparse_attn.data.synthetic import catalog
 from sparse_attn.masks import lower
 from sparse_attn.models import transformer, vit
 from sparse_attn.parallel import attention, balance, split
@@ -139,10 +141,62 @@ class Images:
         """None: a class has no text to show."""
 
 
-TASKS = {"text": Text, "images": Images}
+class Synthetic:
+    """A decoder on a synthetic task: accuracy on new examples; attributes as of `Text`.
+
+    `config.data.task` is an expression for `catalog.parse`, such as "mqar(length=64)".
+
+    Raises:
+      ValueError: there is no such task, or its inputs are not tokens.
+    """
+
+    def __init__(self, config: Mapping[str, Any], mesh: jax.sharding.Mesh | None = None):
+        self._config, self._task = config, catalog.parse(config["data"]["task"])
+        if not hasattr(self._task, "vocab_size"):
+            raise ValueError(f"data.task={config['data']['task']!r} must have tokens as inputs")
+        self._vocab = self._task.vocab_size
+        self.row_tokens = self._task.length
+        self.inputs = jax.ShapeDtypeStruct((1, self.row_tokens), jnp.int32)
+        model = build_model(config["model"], vocab_size=self._vocab)
+        self.model, rows = _on_mesh(model, config, mesh, self.row_tokens)
+        self.place = _place(rows)
+        self.num_tokens = state_lib.num_tokens
+
+    def open_data(self) -> None:
+        """Prints what is drawn; the test examples are the same at every evaluation and seed."""
+        self.data = catalog.Drawn(self._task)
+        print(self.data.describe(), flush=True)
+        size = self._config["data"]["batch_size"]
+        self.train_batches = catalog.Batches(
+            self._task, split="train", seed=self._config["seed"], batch_size=size
+        )
+        test = catalog.Batches(self._task, split="test", seed=0, batch_size=size)
+        self._eval_batches = list(itertools.islice(test, self._config["train"]["eval_batches"]))
+
+    def evaluator(self) -> Callable[[PyTree], dict[str, float]]:
+        """Gives `evaluate(params)`, with `accuracy` (of answers)."""
+        step = evaluate_lib.make_class_step(self.model)
+        return lambda params: evaluate_lib.evaluate(
+            step, params, map(self.place, self._eval_batches)
+        )
+
+    def results(self, last: Callable[[str], float | None]) -> dict[str, float | None]:
+        """As of `Text`."""
+        return {
+            "test_accuracy": last("accuracy"), "test_loss": last("loss"),
+            "chance": self._task.chance,
+        }  # fmt: skip
+
+    def sample(self, state: state_lib.TrainState) -> None:
+        """None: accuracy says it all."""
 
 
-def of(config: Mapping[str, Any], mesh: jax.sharding.Mesh | None = None) -> Text | Images:
+TASKS = {"text": Text, "images": Images, "synthetic": Synthetic}
+
+
+def of(
+    config: Mapping[str, Any], mesh: jax.sharding.Mesh | None = None
+) -> Text | Images | Synthetic:
     """The task of a config, with its model built and no data opened; None = one device.
 
     Raises:
@@ -150,7 +204,7 @@ def of(config: Mapping[str, Any], mesh: jax.sharding.Mesh | None = None) -> Text
 
     >>> of({"task": "pictures"})
     Traceback (most recent call last):
-    ValueError: task='pictures' must be one of 'text', 'images'
+    ValueError: task='pictures' must be one of 'text', 'images', 'synthetic'
     """
     name = config.get("task", "text")
     if name not in TASKS:

@@ -33,7 +33,7 @@ def write(workdir: str | os.PathLike[str], runs: Sequence[tuple[str, str]]) -> s
             for title, key in (
                 ("training loss, nats", tables.TRAIN_LOSS),
                 ("validation bits per byte", tables.VAL_BPB),
-                ("accuracy on test images", tables.ACCURACY),
+                ("accuracy on test examples", tables.ACCURACY),
             )
             if any(key in line for lines in metrics.values() for line in lines)
         },
@@ -72,8 +72,8 @@ def _corpus(runs: Sequence[tuple[str, str]]) -> str:
     for name, folder in runs:
         corpus = tables.read_json(folder, "corpus.json")
         if corpus:
-            size, digest = corpus["num_bytes"], corpus["sha256"]
-            found = f"{corpus['name']}, {size:,} bytes, sha256 {digest}"
+            size = f", {corpus['num_bytes']:,} bytes" if "num_bytes" in corpus else ""
+            found = f"{corpus['name']}{size}, sha256 {corpus['sha256']}"
             texts.setdefault(found, []).append(name)
     return "\n\n".join(
         f"Data: {found}." if len(texts) == 1 else f"Data of {', '.join(names)}: {found}."

@@ -20,8 +20,9 @@ RESULT_COLUMNS = (
 )
 RESULT_NOTE = (
     "Token density: visible pairs over all pairs of query and key. Block density: blocks with at "
-    "least one visible pair over all blocks. Accuracy: test images classified right. Useful FLOPs "
-    "count visible pairs, executed FLOPs whole blocks, forward and backward of all layers."
+    "least one visible pair over all blocks. Accuracy: test images or answers that are right. "
+    "Useful FLOPs count visible pairs, executed FLOPs whole blocks, forward and backward of all "
+    "layers."
 )
 
 

@@ -114,7 +114,7 @@ def test_a_tuple_of_patterns_is_a_schedule_of_layers():
         ("model", "patch", 3, "patch=3 must divide image_shape"),
         ("data", "name", "mnist", "data.name='mnist' must be one of"),
         ("data", "batch_size", 5000, "batch_size=5000 must be in"),
-        (None, "task", "pictures", "task='pictures' must be one of 'text', 'images'"),
+        (None, "task", "pictures", "task='pictures' must be one of 'text', 'images', 'synthetic'"),
     ],
 )
 def test_usage_errors_are_named_and_write_nothing(tmp_path, section, field, value, message):
