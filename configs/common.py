@@ -94,3 +94,25 @@ def base_config() -> ml_collections.ConfigDict:
     config.sample.temperature = 0.8
     config.sample.top_k = 40
     return config
+
+
+def short_run(
+    config: ml_collections.ConfigDict, size: str, *, tiny_steps: int
+) -> ml_collections.ConfigDict:
+    """Makes `config` a run of minutes on two CPU cores; "tiny" all of its machinery in seconds."""
+    config.model.update(SIZES[size])
+    config.data.batch_size = 4
+    config.train.steps = 160
+    config.train.eval_every = 40
+    config.train.checkpoint_every = 80
+    if size == "tiny":
+        config.data.context = 128
+        config.data.max_bytes = 200_000
+        config.train.steps = tiny_steps
+        config.train.log_every = 2
+        config.train.eval_every = tiny_steps // 2
+        config.train.eval_batches = 2
+        config.train.checkpoint_every = tiny_steps // 2
+        config.sample.length = 16
+        config.optim.warmup_steps = 2
+    return config

@@ -29,23 +29,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = common.base_config()
     config.name = chosen["variant"]
     config.model.pattern = PATTERNS[chosen["variant"]]
-    config.model.update(common.SIZES[chosen["size"]])
     config.model.block = 64  # Rows of 512 tokens: blocks of 128 would hide most of a pattern.
-    config.data.batch_size = 4
-    config.train.steps = 160
-    config.train.eval_every = 40
-    config.train.checkpoint_every = 80
-    if chosen["size"] == "tiny":  # For tests: all of the machinery in seconds.
-        config.data.context = 128
-        config.data.max_bytes = 200_000
-        config.train.steps = 6
-        config.train.log_every = 2
-        config.train.eval_every = 3
-        config.train.eval_batches = 2
-        config.train.checkpoint_every = 3
-        config.sample.length = 16
-        config.optim.warmup_steps = 2
-    return config
+    return common.short_run(config, chosen["size"], tiny_steps=6)
 
 
 def sweep_patterns():

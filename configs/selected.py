@@ -28,22 +28,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = common.base_config()
     config.name = chosen["method"]
     config.model.pattern = METHODS[chosen["method"]]
-    config.model.update(common.SIZES[chosen["size"]])
-    config.data.batch_size = 4
-    config.train.steps = 160
-    config.train.eval_every = 40
-    config.train.checkpoint_every = 80
-    if chosen["size"] == "tiny":  # To see that it runs.
-        config.data.context = 128
-        config.data.max_bytes = 200_000
-        config.train.steps = 4
-        config.train.log_every = 2
-        config.train.eval_every = 2
-        config.train.eval_batches = 2
-        config.train.checkpoint_every = 2
-        config.sample.length = 16
-        config.optim.warmup_steps = 2
-    return config
+    return common.short_run(config, chosen["size"], tiny_steps=4)
 
 
 def sweep_methods():
