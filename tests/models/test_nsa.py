@@ -306,6 +306,28 @@ def test_no_array_grows_as_queries_times_keys(monkeypatch):
     assert large < (1 << 30) / 50
 
 
+@pytest.mark.slow
+def test_128k_tokens_at_the_size_of_a_large_layer():
+    """As a GPU would run it, forward and backward: steps as large as they are there."""
+    rule = nsa.Nsa()
+    layer = rule.layer(num_heads=64, num_kv_heads=4, head_dim=128, impl="xla", dtype=jnp.bfloat16)
+
+    def gradient(params, x):
+        return jax.grad(lambda p: layer.apply({"params": p}, x).sum())(params)
+
+    def size(length):
+        x = jax.ShapeDtypeStruct((1, length, 64), jnp.bfloat16)
+        params = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+        return largest(gradient, params, x)
+
+    with tiles.assume(tiles.Target("gpu", "a GPU")):
+        small, large = size(1 << 14), size(1 << 17)
+    # A step has as many numbers whatever the length; each query head alone has 1 << 30 compressed
+    # pairs.
+    assert large < 1.2 * small
+    assert 4 * large < 5 << 30
+
+
 def test_choice_does_not_depend_on_the_pieces(monkeypatch):
     q = jax.random.normal(jax.random.key(0), (2, 50, 4, 8))
     k = jax.random.normal(jax.random.key(1), (2, 50, 2, 8))

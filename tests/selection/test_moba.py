@@ -10,9 +10,10 @@ import pytest
 from sparse_attn.models import attention
 from sparse_attn.ops import attend as attend_lib
 from sparse_attn.ops.token_select import attend as select_lib
-from sparse_attn.ops.token_select import lists
+from sparse_attn.ops.token_select import by_block, lists, xla
 from sparse_attn.patterns import full
 from sparse_attn.selection import moba
+from tests.ops.test_token_select import largest
 from tests.selection import rules
 
 
@@ -131,6 +132,27 @@ def test_a_layer_takes_the_lists():
     np.testing.assert_allclose(by_lists, by_mask, atol=1e-5)
     traced = [str(jax.make_jaxpr(layer.apply)(params, x)) for layer in layers]
     assert ["top_k" in text for text in traced] == [True, False]
+
+
+@pytest.mark.parametrize("by_lists", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_by_lists_no_array_grows_as_queries_times_keys(by_lists, monkeypatch):
+    for module in (lists, by_block, xla):
+        monkeypatch.setitem(module._AT_ONCE, "cpu", 1 << 16)
+    layer = attention.SelfAttention(
+        num_heads=2, num_kv_heads=1, head_dim=8, pattern=moba.Moba(block_kv=64, top_k=3),
+        logits_soft_cap=None if by_lists else 50.0,
+    )  # fmt: skip
+
+    def gradient(params, x):
+        return jax.grad(lambda p: layer.apply(p, x).sum())(params)
+
+    def size(length):
+        x = jax.ShapeDtypeStruct((1, length, 16), jnp.float32)
+        return largest(gradient, jax.eval_shape(layer.init, jax.random.key(0), x), x)
+
+    small, large = size(1 << 12), size(1 << 15)
+    assert (large < 8.5 * small) == by_lists  # The mask of single queries is T * S / block_kv.
+    assert (large < (1 << 30) / 100) == by_lists
 
 
 def test_wrong_fields_are_named():
