@@ -1,12 +1,10 @@
 """Causal attention of every query to the best keys so far, by a score that keys have themselves."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparse_attn.ops import scoring
+from sparse_attn.ops import scoring, softmax
 
 
 def attend(
@@ -46,8 +44,6 @@ def attend(
         segment_ids = jnp.ones((batch, length), jnp.int32)
     by_head = [jnp.moveaxis(x, 2, 1) for x in (k, v, scores.astype(jnp.float32))]
     at_batch, at_head = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None]
-    precision = "highest" if q.dtype == jnp.float32 else None
-    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
 
     @jax.checkpoint
     def step(best, xs):
@@ -63,13 +59,10 @@ def attend(
         visible = visible & (their_ids[:, :, None] == ids[:, None, :, None])
         kept = _first(visible, order, keep)
         grouped = q.reshape(batch, block, kv_heads, -1, dim)
-        z = product("bckgh,bkmh->bkgcm", grouped, some_k) * dim**-0.5
+        z = softmax.dot("bckgh,bkmh->bkgcm", grouped, some_k, q.dtype) * dim**-0.5
         z = z + some_scores[:, :, None, None]
-        z = jnp.where(kept[:, :, None], z, -jnp.inf)
-        top = jax.lax.stop_gradient(z.max(-1, keepdims=True))
-        weights = jnp.exp(z - jnp.where(top == -jnp.inf, 0, top))
-        weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
-        out = product("bkgcm,bkmh->bckgh", weights.astype(q.dtype), some_v)
+        weights, _ = softmax.masked(z, kept[:, :, None])
+        out = softmax.dot("bkgcm,bkmh->bckgh", weights, some_v, q.dtype)
         # What the next queries may still want: the best of the last query's document.
         left = (their_ids == ids[:, None, -1:]) & (their_ids != 0)
         ordered = jnp.take_along_axis(jnp.where(left, taken, -1), order, -1)

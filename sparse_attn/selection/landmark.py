@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sparse_attn.ops import scoring
+from sparse_attn.ops import scoring, softmax
 from sparse_attn.ops.token_select import lists
 from sparse_attn.patterns import base as patterns_base
 from sparse_attn.selection import base
@@ -156,11 +156,7 @@ class _Keys:
             k, v = (x[where, np.arange(kv_heads)[:, None, None, None], by_head]
                     for x in (self.k, self.v))  # fmt: skip
             spec, kv_ids = "bkgcnsh", self.ids[where[..., 0], at]
-        precision = "highest" if q.dtype == jnp.float32 else None
-        product = functools.partial(
-            jnp.einsum, precision=precision, preferred_element_type=jnp.float32
-        )
-        z = product(f"bckgh,{spec}->bkgcns", grouped, k) * dim**-0.5
+        z = softmax.dot(f"bckgh,{spec}->bkgcns", grouped, k, q.dtype) * dim**-0.5
         z = z.reshape(batch, heads, *z.shape[3:])
         place = jnp.arange(size, dtype=jnp.int32)
         token = at[..., None] * size + place
@@ -169,8 +165,8 @@ class _Keys:
         seen = seen & (kv_ids == mine) & (mine != 0) & listed
         seen = seen & (own | past)[..., None]
         weights = grouped_softmax(z, marks, jnp.broadcast_to(seen, z.shape), own)
-        weights = weights.reshape(batch, kv_heads, -1, *weights.shape[2:]).astype(q.dtype)
-        out = product(f"bkgcns,{spec}->bckgh", weights, v)
+        weights = weights.reshape(batch, kv_heads, -1, *weights.shape[2:])
+        out = softmax.dot(f"bkgcns,{spec}->bckgh", weights, v, q.dtype)
         return out.reshape(batch, count, heads, -1).astype(q.dtype)
 
 
@@ -190,20 +186,9 @@ def grouped_softmax(
     >>> grouped_softmax(z, marks, jnp.ones((2, 2), bool), jnp.array([False, True])).tolist()
     [[0.1666666716337204, 0.1666666716337204], [0.3333333432674408, 0.3333333432674408]]
     """
-    inside, lse = _softmax(logits, seen)
-    outside, _ = _softmax(jnp.where(own, lse, marks), seen.any(-1))
+    inside, lse = softmax.masked(logits, seen)
+    outside, _ = softmax.masked(jnp.where(own, lse, marks), seen.any(-1))
     return inside * outside[..., None]
-
-
-def _softmax(z, seen):
-    """Over the last axis where `seen`, and the logarithm of the sum; 0 and 0 where nothing is."""
-    z = jnp.where(seen, z, -jnp.inf)
-    top = jax.lax.stop_gradient(z.max(-1, keepdims=True))
-    weights = jnp.where(seen, jnp.exp(jnp.where(seen, z - jnp.where(seen, top, 0), 0)), 0)
-    total = weights.sum(-1, keepdims=True)
-    safe = jnp.where(total == 0, 1, total)
-    lse = jnp.where(total == 0, 0, jnp.log(safe) + jnp.where(total == 0, 0, top))
-    return weights / safe, lse[..., 0]
 
 
 def with_landmarks(

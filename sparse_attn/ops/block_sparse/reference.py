@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from sparse_attn.ops import softmax
 from sparse_attn.ops.block_sparse import inputs as inputs_lib
 
 # Gradients are JAX's own, through this file: independent of the hand-written ones in vjp.py.
@@ -91,21 +92,7 @@ def forward(inputs: inputs_lib.Inputs) -> tuple[jax.Array, jax.Array]:
         mask = mask & (bias != -jnp.inf)
         logits = logits + jnp.where(bias == -jnp.inf, 0, bias)
     logits = jnp.where(mask & bad, jnp.nan, logits)
-    top = jnp.max(logits, -1, where=mask, initial=-jnp.inf, keepdims=True)
-    sink = None
-    if inputs.sink_logits is not None:
-        sink = inputs.sink_logits[None, :, None, None]
-        top = jnp.maximum(top, sink)
-    top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
-    weights = jnp.where(mask, jnp.exp(jnp.where(mask, logits - top, 0)), 0)
-    total = weights.sum(-1, keepdims=True)
-    if sink is not None:
-        total = total + jnp.exp(sink - top)
-    # A row without any weight has total 0; the inner where keeps its gradient at exactly 0.
-    empty = total == 0
-    safe = jnp.where(empty, 1, total)
-    # Where a visible key spoiled the row, 0 / nan would spoil the gradient of hidden ones.
-    weights = jnp.where(mask, weights / safe, 0)
+    sinks = None if inputs.sink_logits is None else inputs.sink_logits[None, :, None]
+    weights, lse = softmax.masked(logits, mask, sinks)
     out = jnp.einsum("BNTS,BSNH->BTNH", weights, v, precision="highest")
-    lse = jnp.where(empty, -jnp.inf, top + jnp.log(safe))[..., 0]
     return out.astype(inputs.q.dtype), lse.swapaxes(1, 2)

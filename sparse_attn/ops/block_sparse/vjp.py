@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_attn.masks import block_mask
+from sparse_attn.ops import softmax
 from sparse_attn.ops.block_sparse import inputs as inputs_lib
 
 
@@ -30,39 +31,24 @@ def run(backend: types.ModuleType, inputs: inputs_lib.Inputs) -> tuple[jax.Array
             key_bias, sink_logits, inputs.scale, inputs.logits_soft_cap,
         )  # fmt: skip
 
-    @jax.custom_vjp
-    def attention(floats, integers):
+    def forward(floats, integers):
         return backend.forward(rebuild(floats, integers))
 
-    def forward(floats, integers):
-        out, lse = attention(floats, integers)
-        return (out, lse), (floats, integers, out, lse)
-
-    def backward(residuals, cotangents):
-        floats, integers, out, lse = residuals
-        dout, dlse = cotangents
+    def backward(floats, integers, lse, dout, delta):
         rebuilt = rebuild(floats, integers)
-        delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - dlse
-        if _may_have_empty_rows(rebuilt):
-            # Such a row gives no gradient, whatever its cotangent holds. lse is -inf, and a
-            # backend would compute exp(logits - lse) = inf for it.
-            empty = lse == -jnp.inf
-            delta = jnp.where(empty, 0, delta)
-            dout = jnp.where(empty[..., None], 0, dout)
-        grads = backend.backward(rebuilt, lse, dout.astype(rebuilt.q.dtype), delta)
+        grads = backend.backward(rebuilt, lse, dout, delta)
         dsinks = None
         if rebuilt.sink_logits is not None:
             # lse >= sink, so this exponential is at most 1.
             dsinks = -(jnp.exp(rebuilt.sink_logits - lse) * delta).sum((0, 1))
-        gradients = (grads.dq, grads.dk, grads.dv, grads.dkey_bias, dsinks)
-        none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), integers)
-        return gradients, none
+        return grads.dq, grads.dk, grads.dv, grads.dkey_bias, dsinks
 
-    attention.defvjp(forward, backward)
     q, k, v = _without_padding(inputs)
     floats = (q, k, v, inputs.key_bias, inputs.sink_logits)
     ids = (inputs.q_segment_ids, inputs.kv_segment_ids, inputs.q_positions, inputs.kv_positions)
-    return attention(floats, (*ids, mask_arrays))
+    return softmax.with_backward(
+        forward, backward, floats, (*ids, mask_arrays), may_be_empty=_may_have_empty_rows(inputs)
+    )
 
 
 def _split(mask):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_attn.masks import block_mask
-from sparse_attn.ops import tiles
+from sparse_attn.ops import softmax, tiles
 from sparse_attn.ops.block_sparse import inputs as inputs_lib
 
 # Elements of one tile of logits: 2 MB in float32, what the caches of two CPU cores hold.
@@ -319,15 +319,6 @@ def _finite(inputs: inputs_lib.Inputs):
     return jnp.where(bad, 0, k), jnp.where(bad, 0, v), bad
 
 
-def _dot(spec, a, b, dtype):
-    """A product with float32 sums; `dtype` is what goes into it."""
-    precision = "highest" if dtype == jnp.float32 else None
-    return jnp.einsum(
-        spec, a.astype(dtype), b.astype(dtype), precision=precision,
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-
-
 def _operand_dtype(inputs: inputs_lib.Inputs):
     # CPUs convert small floats one by one; there it is cheaper to do it once per token.
     return jnp.float32 if tiles.target().platform == "cpu" else inputs.q.dtype
@@ -335,7 +326,7 @@ def _operand_dtype(inputs: inputs_lib.Inputs):
 
 def _logits(inputs, q, k, bias, keys: _Keys):
     """Logits `[part, kv_heads, group, block_q, keys]`, -inf where hidden, and the cap's slope."""
-    z = _dot("bkgqh,bkhz->bkgqz", q, k, q.dtype) * inputs.scale
+    z = softmax.dot("bkgqh,bkhz->bkgqz", q, k, q.dtype) * inputs.scale
     slope = None
     if inputs.logits_soft_cap is not None:
         tanh = jnp.tanh(z / inputs.logits_soft_cap)
@@ -378,7 +369,7 @@ def forward(inputs: inputs_lib.Inputs) -> tuple[jax.Array, jax.Array]:
             safe = jnp.where(new == -jnp.inf, 0, new)
             p = jnp.exp(z - safe[..., None])
             fade = jnp.exp(top - safe)
-            acc = acc * fade[..., None] + _dot(
+            acc = acc * fade[..., None] + softmax.dot(
                 "bkgqz,bkzh->bkgqh", p, _take(v, slab, keys.at, 3), dtype
             )
             return j + 1, new, total * fade + p.sum(-1), acc
@@ -442,16 +433,16 @@ def backward(
             z, slope = _logits(inputs, q, _take(k_t, slab, keys.at, 4), here, keys)
             hidden = z == -jnp.inf
             p = jnp.where(hidden, 0, jnp.exp(z - lse[..., None]))
-            dp = _dot("bkgqh,bkhz->bkgqz", dout, _take(v_t, slab, keys.at, 4), dtype)
+            dp = softmax.dot("bkgqh,bkhz->bkgqz", dout, _take(v_t, slab, keys.at, 4), dtype)
             # A hidden value may be so large that its dp overflows, and 0 * inf is nan.
             dz = jnp.where(hidden, 0, p * (dp - delta[..., None]))
             if dbias is not None:
                 dbias = _add_bias(dbias, unit, lay, keys.at, dz.sum(-2))
             if slope is not None:
                 dz = dz * slope
-            dq = dq + _dot("bkgqz,bkzh->bkgqh", dz, _take(k, slab, keys.at, 3), dtype)
-            dk = _add(dk, slab, keys.at, 4, _dot("bkhgq,bkgqz->bkhz", q_t, dz, dtype))
-            dv = _add(dv, slab, keys.at, 4, _dot("bkhgq,bkgqz->bkhz", dout_t, p, dtype))
+            dq = dq + softmax.dot("bkgqz,bkzh->bkgqh", dz, _take(k, slab, keys.at, 3), dtype)
+            dk = _add(dk, slab, keys.at, 4, softmax.dot("bkhgq,bkgqz->bkhz", q_t, dz, dtype))
+            dv = _add(dv, slab, keys.at, 4, softmax.dot("bkhgq,bkgqz->bkhz", dout_t, p, dtype))
             return j + 1, dq, (dk, dv, dbias)
 
         _, dq, sums = jax.lax.while_loop(

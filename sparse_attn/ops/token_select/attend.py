@@ -3,13 +3,13 @@
 import importlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparse_attn.masks import block_mask
 from sparse_attn.ops import attend as attend_lib
+from sparse_attn.ops import softmax
 from sparse_attn.ops.token_select import inputs as inputs_lib
 from sparse_attn.patterns import base, causal
 
@@ -60,6 +60,7 @@ def attend(
       ValueError: an argument is malformed; the message names it and what is allowed.
       NotImplementedError: the named backend cannot do this, or none can; with the reasons.
 
+    >>> import jax
     >>> q = jax.random.normal(jax.random.key(0), (1, 40, 4, 8))
     >>> k = v = jax.random.normal(jax.random.key(1), (1, 40, 2, 8))
     >>> own = jnp.arange(40)[None, :, None, None] // 8 + jnp.zeros((1, 1, 2, 1), jnp.int32)
@@ -160,26 +161,12 @@ def _run(backend, inputs, kernel):
     def rebuild(floats, integers):
         return inputs_lib.Inputs(*floats, *integers, *static)
 
-    @jax.custom_vjp
-    def attention(floats, integers):
+    def forward(floats, integers):
         return backend.forward(rebuild(floats, integers), kernel)
 
-    def forward(floats, integers):
-        out, lse = attention(floats, integers)
-        return (out, lse), (floats, integers, out, lse)
+    def backward(floats, integers, lse, dout, delta):
+        return backend.backward(rebuild(floats, integers), kernel, lse, dout, delta)
 
-    def backward(residuals, cotangents):
-        floats, integers, out, lse = residuals
-        dout, dlse = cotangents
-        delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - dlse
-        # An empty row gives no gradient, whatever its cotangent holds.
-        empty = lse == -jnp.inf
-        delta = jnp.where(empty, 0, delta)
-        dout = jnp.where(empty[..., None], 0, dout).astype(out.dtype)
-        grads = backend.backward(rebuild(floats, integers), kernel, lse, dout, delta)
-        none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), integers)
-        return tuple(grads), none
-
-    attention.defvjp(forward, backward)
     ids = (inputs.selected, inputs.q_segment_ids, inputs.kv_segment_ids)
-    return attention((inputs.q, inputs.k, inputs.v), ids)
+    floats = (inputs.q, inputs.k, inputs.v)
+    return softmax.with_backward(forward, backward, floats, ids, may_be_empty=True)

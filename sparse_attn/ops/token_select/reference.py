@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from sparse_attn.ops import softmax
 from sparse_attn.ops.token_select import inputs as inputs_lib
 
 # Gradients are JAX's own, through this file: independent of the hand-written ones.
@@ -36,13 +37,6 @@ def forward(inputs: inputs_lib.Inputs, kernel: str | None = None) -> tuple[jax.A
     q = jnp.where(mask.any(-1).swapaxes(1, 2)[..., None], q, 0)
     logits = jnp.einsum("BTNH,BSNH->BNTS", q, k, precision="highest") * inputs.scale
     logits = jnp.where(mask & bad.swapaxes(1, 2)[:, :, None], jnp.nan, logits)
-    top = jnp.max(logits, -1, where=mask, initial=-jnp.inf, keepdims=True)
-    top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
-    weights = jnp.where(mask, jnp.exp(jnp.where(mask, logits - top, 0)), 0)
-    total = weights.sum(-1, keepdims=True)
-    empty = total == 0
-    safe = jnp.where(empty, 1, total)
-    weights = jnp.where(mask, weights / safe, 0)
+    weights, lse = softmax.masked(logits, mask)
     out = jnp.einsum("BNTS,BSNH->BTNH", weights, v, precision="highest")
-    lse = jnp.where(empty, -jnp.inf, top + jnp.log(safe))[..., 0]
     return out.astype(inputs.q.dtype), lse.swapaxes(1, 2)

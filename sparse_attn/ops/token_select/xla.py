@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparse_attn.ops import tiles
+from sparse_attn.ops import softmax, tiles
 from sparse_attn.ops.token_select import inputs as inputs_lib
 
 # Numbers in the gathered keys of a step: what fits the caches of a CPU, or keeps an accelerator
@@ -65,14 +65,6 @@ def _chunks(inputs, *others):
     return tuple(map(cut, arrays))
 
 
-def _dot(spec, a, b, dtype):
-    precision = "highest" if dtype == jnp.float32 else None
-    return jnp.einsum(
-        spec, a.astype(dtype), b.astype(dtype), precision=precision,
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-
-
 def _gather(inputs, keys, chunk):
     """The chunk's keys `[B, C, U, z, ..]`, what it sees of them, their places and logits."""
     positions, ids, selected, q = chunk
@@ -96,7 +88,7 @@ def _gather(inputs, keys, chunk):
         mine = ids[:, :, None, None]
         seen = seen & (keys.ids[where[0], at].reshape(token_z.shape) == mine) & (mine != 0)
     q = q.reshape(batch, size, tables, group, -1)
-    z = _dot("bcugh,bcuzh->bcugz", q, k, k.dtype) * inputs.scale
+    z = softmax.dot("bcugh,bcuzh->bcugz", q, k, k.dtype) * inputs.scale
     z = jnp.where((bad & seen)[..., None, :], jnp.nan, z)
     return q, k, v, jnp.where(seen[..., None, :], z, -jnp.inf), where
 
@@ -126,7 +118,7 @@ def forward(inputs: inputs_lib.Inputs, kernel: str | None = None) -> tuple[jax.A
         total = p.sum(-1, keepdims=True)
         empty = total == 0
         safe = jnp.where(empty, 1, total)
-        out = _dot("bcugz,bcuzh->bcugh", p, v, dtype) / safe
+        out = softmax.dot("bcugz,bcuzh->bcugh", p, v, dtype) / safe
         lse = jnp.where(empty, -jnp.inf, top + jnp.log(safe))[..., 0]
         return None, (out.astype(inputs.q.dtype), lse)
 
@@ -151,13 +143,13 @@ def backward(
         dout = dout.reshape(batch, size, tables, group, -1)
         hidden = z == -jnp.inf
         p = jnp.where(hidden, 0, jnp.exp(z - jnp.where(hidden, 0, lse)))
-        dz = jnp.where(hidden, 0, p * (_dot("bcugh,bcuzh->bcugz", dout, v, dtype) - delta))
-        dq = _dot("bcugz,bcuzh->bcugh", dz, k, dtype)
+        dz = jnp.where(hidden, 0, p * (softmax.dot("bcugh,bcuzh->bcugz", dout, v, dtype) - delta))
+        dq = softmax.dot("bcugz,bcuzh->bcugh", dz, k, dtype)
         # A row that a nan spoiled sees its keys through a nan, and no other key at all.
         q, dout = (jnp.where(jnp.isfinite(x), x, 0) for x in (q, dout))
         added = []
         for total, a, b in ((sums[0], dz, q), (sums[1], p, dout)):
-            grad = _dot("bcugz,bcugh->bcuzh", a, b, dtype)
+            grad = softmax.dot("bcugz,bcugh->bcuzh", a, b, dtype)
             grad = grad.reshape(*grad.shape[:3], -1, inputs.block, grad.shape[-1])
             added.append(total.at[where].add(grad))
         return tuple(added), dq
