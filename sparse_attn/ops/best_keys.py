@@ -42,6 +42,7 @@ def attend(
     kv_heads = k.shape[2]
     if segment_ids is None:
         segment_ids = jnp.ones((batch, length), jnp.int32)
+    dtype = softmax.operand_dtype(q.dtype)
     by_head = [jnp.moveaxis(x, 2, 1) for x in (k, v, scores.astype(jnp.float32))]
     at_batch, at_head = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[:, None]
 
@@ -59,10 +60,10 @@ def attend(
         visible = visible & (their_ids[:, :, None] == ids[:, None, :, None])
         kept = _first(visible, order, keep)
         grouped = q.reshape(batch, block, kv_heads, -1, dim)
-        z = softmax.dot("bckgh,bkmh->bkgcm", grouped, some_k, q.dtype) * dim**-0.5
+        z = softmax.dot("bckgh,bkmh->bkgcm", grouped, some_k, dtype) * dim**-0.5
         z = z + some_scores[:, :, None, None]
         weights, _ = softmax.masked(z, kept[:, :, None])
-        out = softmax.dot("bkgcm,bkmh->bckgh", weights, some_v, q.dtype)
+        out = softmax.dot("bkgcm,bkmh->bckgh", weights, some_v, dtype)
         # What the next queries may still want: the best of the last query's document.
         left = (their_ids == ids[:, None, -1:]) & (their_ids != 0)
         ordered = jnp.take_along_axis(jnp.where(left, taken, -1), order, -1)

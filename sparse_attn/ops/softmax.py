@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
+from sparse_attn.ops import tiles
+
 
 def dot(spec: str, a: Array, b: Array, dtype: Any) -> Array:
     """`einsum` with float32 sums; `dtype` is what goes into it.
@@ -20,6 +22,18 @@ def dot(spec: str, a: Array, b: Array, dtype: Any) -> Array:
         spec, a.astype(dtype), b.astype(dtype), precision=precision,
         preferred_element_type=jnp.float32,
     )  # fmt: skip
+
+
+def operand_dtype(dtype: Any) -> Any:
+    """What the operands of products should be converted to, once, for arrays of `dtype`.
+
+    CPUs convert small floats one by one, and cannot take products of all shapes of them.
+
+    >>> with tiles.assume(tiles.Target("gpu", "a GPU")):
+    ...     operand_dtype(jnp.bfloat16) == jnp.bfloat16
+    True
+    """
+    return jnp.float32 if tiles.target().platform == "cpu" else dtype
 
 
 def masked(

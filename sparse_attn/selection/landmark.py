@@ -156,7 +156,8 @@ class _Keys:
             k, v = (x[where, np.arange(kv_heads)[:, None, None, None], by_head]
                     for x in (self.k, self.v))  # fmt: skip
             spec, kv_ids = "bkgcnsh", self.ids[where[..., 0], at]
-        z = softmax.dot(f"bckgh,{spec}->bkgcns", grouped, k, q.dtype) * dim**-0.5
+        dtype = softmax.operand_dtype(q.dtype)
+        z = softmax.dot(f"bckgh,{spec}->bkgcns", grouped, k, dtype) * dim**-0.5
         z = z.reshape(batch, heads, *z.shape[3:])
         place = jnp.arange(size, dtype=jnp.int32)
         token = at[..., None] * size + place
@@ -166,7 +167,7 @@ class _Keys:
         seen = seen & (own | past)[..., None]
         weights = grouped_softmax(z, marks, jnp.broadcast_to(seen, z.shape), own)
         weights = weights.reshape(batch, kv_heads, -1, *weights.shape[2:])
-        out = softmax.dot(f"bkgcns,{spec}->bckgh", weights, v, q.dtype)
+        out = softmax.dot(f"bkgcns,{spec}->bckgh", weights, v, dtype)
         return out.reshape(batch, count, heads, -1).astype(q.dtype)
 
 

@@ -93,11 +93,6 @@ def _gather(inputs, keys, chunk):
     return q, k, v, jnp.where(seen[..., None, :], z, -jnp.inf), where
 
 
-def _operand_dtype(inputs):
-    # CPUs convert small floats one by one; there it is cheaper to do it once per token.
-    return jnp.float32 if tiles.target().platform == "cpu" else inputs.q.dtype
-
-
 def _whole(x, inputs):
     """`[steps, B, C, U, G, ..]` as `[B, T, N, ..]`."""
     x = jnp.moveaxis(x, 0, 1)
@@ -108,7 +103,7 @@ def _whole(x, inputs):
 def forward(inputs: inputs_lib.Inputs, kernel: str | None = None) -> tuple[jax.Array, jax.Array]:
     """`out [B, T, N, Hv]` in q's dtype and `lse [B, T, N]` float32."""
     del kernel
-    dtype = _operand_dtype(inputs)
+    dtype = softmax.operand_dtype(inputs.q.dtype)
     keys = _keys(inputs, dtype)
 
     def step(_, chunk):
@@ -131,7 +126,7 @@ def backward(
 ) -> inputs_lib.Grads:
     """Gradients in one pass over the queries; dk and dv are added where the keys came from."""
     del kernel
-    dtype = _operand_dtype(inputs)
+    dtype = softmax.operand_dtype(inputs.q.dtype)
     keys = _keys(inputs, dtype)
     tables, group, _ = inputs.sizes
 
