@@ -44,6 +44,7 @@ class Text:
       place: puts a batch on the devices.
       data: after `open_data`: what was found, with `name`, `sha256`, `describe()`, `to_json()`.
       train_batches: after `open_data`: an endless, resumable iterator.
+      eval_batches: after `open_data`: the batches of every evaluation.
     """
 
     def __init__(self, config: Mapping[str, Any], mesh: jax.sharding.Mesh | None = None):
@@ -75,13 +76,13 @@ class Text:
         # The same windows at every evaluation, whatever the seed; kept, as they are few.
         batches = text.loader(prepared, split="validation", seed=0, repeat=False, **shape)
         count = self._config["train"]["eval_batches"]
-        self._eval_batches = list(itertools.islice(batches, count))
+        self.eval_batches = list(itertools.islice(batches, count))
 
     def evaluator(self) -> Callable[[PyTree], dict[str, float]]:
         """Gives `evaluate(params)`, with `bits_per_byte`."""
         step = evaluate_lib.make_eval_step(self.model)
         return lambda params: evaluate_lib.evaluate(
-            step, params, map(self.place, self._eval_batches)
+            step, params, map(self.place, self.eval_batches)
         )
 
     def results(self, last: Callable[[str], float | None]) -> dict[str, float | None]:
