@@ -6,14 +6,11 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
-import sys
-
-import pytest
 
 from sparse_attn.ops import attend as attend_lib
 from sparse_attn.patterns import base
 from sparse_attn.train import exits
+from tests.launch import programs
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -52,23 +49,19 @@ def test_the_new_pattern_is_one_file(tmp_path, monkeypatch):
     assert base.parse(text, package="readme_patterns").a == pattern
 
 
-@pytest.mark.parametrize("command", commands("python launch.py"))
-def test_launch_commands_parse(command, tmp_path):
-    words = shlex.split(command, comments=True)[1:]
-    result = subprocess.run(
-        [sys.executable, *words, "--engine=print"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "error" not in result.stderr
-    (config,) = (w.partition("=")[2] for w in words if w.startswith("--config="))
-    runs = 1
-    if "--sweep=patterns" in words:
-        runs = len(list(runpy.run_path(str(ROOT / config))["sweep_patterns"]()))
-    assert len(result.stdout.strip().splitlines()) == (runs + 2 if "--status" in words else runs)
+def test_launch_commands_parse(tmp_path):
+    lines = [shlex.split(line, comments=True)[2:] for line in commands("python launch.py")]
+    assert lines
+    results = programs.launch_each([[*words, "--engine=print"] for words in lines], tmp_path)
+    for words, result in zip(lines, results, strict=True):
+        assert result.returncode == 0, (words, result.stderr)
+        assert "error" not in result.stderr, words
+        (config,) = (w.partition("=")[2] for w in words if w.startswith("--config="))
+        runs = 1
+        if "--sweep=patterns" in words:
+            runs = len(list(runpy.run_path(str(ROOT / config))["sweep_patterns"]()))
+        printed = result.stdout.strip().splitlines()
+        assert len(printed) == (runs + 2 if "--status" in words else runs), words
 
 
 def test_make_targets_exist():

@@ -15,6 +15,7 @@ from experiments.dry_run import study
 from sparse_attn.launch import dry_run, topology
 from sparse_attn.patterns import causal
 from sparse_attn.train import flops, tasks
+from tests.launch import programs
 
 ROOT = pathlib.Path(__file__).parents[2]
 GIB = 2**30
@@ -60,18 +61,17 @@ def test_a_roomy_topology_has_as_many_devices(name):
     assert one.roomy().memory > one.memory
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_mistakes_are_named(tmp_path):
+    mistakes = [
         (["--dry-run"], "topology=None must be GENERATION:SHAPE"),
         (["--topology=cpu:2", "--workdir=x"], "--topology=cpu:2 must come with --dry-run"),
-    ],
-)
-def test_mistakes_are_named(arguments, message):
-    done = launch("--config=configs/quickstart.py:tiny", *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    ]
+    config = "--config=configs/quickstart.py:tiny"
+    results = programs.launch_each([[config, *words] for words, _ in mistakes], tmp_path)
+    for (_, message), done in zip(mistakes, results, strict=True):
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_two_devices_through_the_command_line():

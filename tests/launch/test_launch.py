@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.launch import programs
+
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
 from configs import quickstart
@@ -44,57 +46,81 @@ def launch(*arguments, cwd=ROOT, cache=None, timeout=280):
     )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--config.optim.learning_rate=1"], "config.optim.learning_rate is unknown; the nearest"),
-        (["--config.optim.lrr=1"], "the nearest valid name is config.optim.lr"),
-        (["--config.seed=one"], "--config.seed=one"),
-        (["--sweep=tow"], "--sweep=tow must be one of: two, wrong"),
-        (["--sweep=wrong"], "the nearest valid name is config.model.pattern"),
-        (["--sweep=two", "--config.model.pattern=causal()"], "is set by the sweep itself"),
-        (["--engine=nowhere"], "--engine=nowhere"),
-        (["--engine=skypilot"], "--accelerators=None must be what to rent"),
-        (["--engine=ray", "--ray-resources=CPU"], "could not convert"),
-        (["--profile=7"], "profile='7' must be START:STOP"),
-        (["--swep=two"], "swep"),
-        (["two"], "argument 'two' must be a flag"),
-    ],
-)
-def test_a_mistake_is_one_line_and_exit_code_2(config_path, tmp_path, arguments, message):
-    result = launch(f"--config={config_path}", f"--workdir={tmp_path / 'runs'}", *arguments)
+MISTAKES = [
+    (["--config.optim.learning_rate=1"], "config.optim.learning_rate is unknown; the nearest"),
+    (["--config.optim.lrr=1"], "the nearest valid name is config.optim.lr"),
+    (["--config.seed=one"], "--config.seed=one"),
+    (["--sweep=tow"], "--sweep=tow must be one of: two, wrong"),
+    (["--sweep=wrong"], "the nearest valid name is config.model.pattern"),
+    (["--sweep=two", "--config.model.pattern=causal()"], "is set by the sweep itself"),
+    (["--engine=nowhere"], "--engine=nowhere"),
+    (["--engine=skypilot"], "--accelerators=None must be what to rent"),
+    (["--engine=ray", "--ray-resources=CPU"], "could not convert"),
+    (["--profile=7"], "profile='7' must be START:STOP"),
+    (["--swep=two"], "swep"),
+    (["two"], "argument 'two' must be a flag"),
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Of every command line that starts nothing; one list of them is one start of Python."""
+    folder = tmp_path_factory.mktemp("lines")
+    config = folder / "two.py"
+    config.write_text(CONFIG)
+    lines = {
+        message: [f"--config={config}", f"--workdir={folder / 'runs'}", *arguments]
+        for arguments, message in MISTAKES
+    }
+    lines["no such file"] = [f"--config={folder / 'none.py'}", "--workdir=x"]
+    lines["no workdir"] = [f"--config={config}"]
+    lines["overrides"] = [
+        f"--config={config}:local", "--config.optim.lr=3e-4", "--sweep=two", "--workdir=w",
+        "--engine=print", "--profile=3:4", "--dump-hlo",
+    ]  # fmt: skip
+    found = dict(zip(lines, programs.launch_each(lines.values(), folder), strict=True))
+    assert not (folder / "runs").exists()
+    return found
+
+
+@pytest.mark.parametrize("message", [message for _, message in MISTAKES])
+def test_a_mistake_is_one_line_and_exit_code_2(results, message):
+    result = results[message]
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
     assert "Traceback" not in result.stderr
-    assert not (tmp_path / "runs").exists()
 
 
-def test_a_missing_config_or_workdir_is_named(config_path, tmp_path):
-    missing = launch(f"--config={tmp_path / 'none.py'}", "--workdir=x")
+def test_a_missing_config_or_workdir_is_named(results):
+    missing = results["no such file"]
     assert missing.returncode == 2
     assert "none.py" in missing.stderr
     assert "Traceback" not in missing.stderr
-    no_workdir = launch(f"--config={config_path}")
+    no_workdir = results["no workdir"]
     assert no_workdir.returncode == 2
     assert "--workdir" in no_workdir.stderr
 
 
-def test_command_line_overrides_reach_every_run(config_path):
-    result = launch(
-        f"--config={config_path}:local", "--config.optim.lr=3e-4", "--sweep=two", "--workdir=w",
-        "--engine=print", "--profile=3:4", "--dump-hlo",
-    )  # fmt: skip
+def test_command_line_overrides_reach_every_run(results):
+    result = results["overrides"]
     lines = result.stdout.splitlines()
     assert result.returncode == 0
     assert len(lines) == 2
     for line, name in zip(lines, ("dense", "window"), strict=True):
         assert line.startswith("python -m sparse_attn.train.main ")
-        assert f"--config={config_path}:local " in line
+        assert "two.py:local " in line
         assert "--config.optim.lr=0.0003" in line
         assert f"--config.name={name}" in line
         assert line.endswith(" --dump-hlo --profile=3:4")
+
+
+def test_the_program_starts_by_itself(config_path):
+    """What the cases above leave out: Python starts with nothing imported, as a user starts it."""
+    result = launch(f"--config={config_path}", "--workdir=w", "--swep=two")
+    assert result.returncode == 2
+    assert [x for x in result.stderr.splitlines() if x.startswith("error: ") and "swep" in x]
 
 
 @pytest.mark.slow
