@@ -34,27 +34,36 @@ def dense(params, x):
     return jit(layer.apply)({"params": {n: params["params"][n] for n in names}}, x)
 
 
-def test_rows_of_text_are_the_base_model_and_those_of_a_video_are_nsa():
+def test_rows_of_text_are_the_base_model():
+    layer, params, x = made(RULE)
+    out, base = jit(layer.apply)(params, x), dense(params, x)
+    np.testing.assert_array_equal(out[:, ~VIDEO], base[:, ~VIDEO])
+    assert np.abs(out - base)[:, VIDEO].max() > 0.1
+
+
+@pytest.mark.slow
+def test_rows_of_a_video_are_nsa():
     layer, params, x = made(RULE)
     out = jit(layer.apply)(params, x)
-    np.testing.assert_array_equal(out[:, ~VIDEO], dense(params, x)[:, ~VIDEO])
     fields = {f.name: getattr(RULE, f.name) for f in dataclasses.fields(nsa.Nsa)}
     sparse = jit(nsa.Nsa(**fields).layer(**SIZES).apply)(params, x)
     np.testing.assert_allclose(out[:, VIDEO], sparse[:, VIDEO], atol=1e-6)
-    assert np.abs(out - dense(params, x))[:, VIDEO].max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_row_of_text_is_the_base_model():
     layer, params, x = made(dataclasses.replace(RULE, video=()))
     np.testing.assert_array_equal(jit(layer.apply)(params, x), dense(params, x))
 
 
+@pytest.mark.slow
 def test_all_blocks_of_the_selection_alone_are_dense_for_videos_too():
     rule = dataclasses.replace(RULE, branches=("selected",), gates="none", top_k=6)
     layer, params, x = made(rule)
     np.testing.assert_allclose(jit(layer.apply)(params, x), dense(params, x), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_gates_are_parts_and_all_parameters_get_a_gradient():
     layer, params, x = made(RULE)
     _, kept = jit(functools.partial(layer.apply, mutable="intermediates"))(params, x)
@@ -68,6 +77,7 @@ def test_gates_are_parts_and_all_parameters_get_a_gradient():
         assert np.abs(grad).max() > 1e-4, path
 
 
+@pytest.mark.slow
 def test_keys_of_a_query():
     rule = dataclasses.replace(RULE, video=((5, 400),))
     length = 400

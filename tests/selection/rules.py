@@ -67,6 +67,17 @@ def attend_masked(q, k, v, mask, segment_ids=None):
     )
 
 
+def dense(q, k, v, *, causal=True):
+    """Attention to all keys, or all up to the query, in NumPy float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    k, v = (np.repeat(x, q.shape[2] // x.shape[2], 2) for x in (k, v))
+    logits = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
+    if causal:
+        logits = np.where(np.tri(*logits.shape[2:], dtype=bool), logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
+
+
 def states(mask):
     """States of all blocks, int8 `[M, U, nq, nk]`."""
     return np.stack(

@@ -45,7 +45,11 @@ def test_they_have_no_mask_and_a_layer_says_so(rule):
 
 @pytest.mark.parametrize(
     "rule",
-    [r for r in REORDERED if not isinstance(r, routing.Routing)],  # In its own tests.
+    [
+        pytest.param(r, marks=pytest.mark.slow if isinstance(r, mm_inference.MmInference) else ())
+        for r in REORDERED
+        if not isinstance(r, routing.Routing)  # In its own tests.
+    ],
     ids=lambda r: type(r).__name__,
 )
 def test_a_budget_for_everything_is_dense_with_its_gradients(rule):

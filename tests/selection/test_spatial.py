@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_attn.ops import attend as attend_lib
 from sparse_attn.selection import base, spatial
 from tests.ops import oracle
 from tests.selection import rules
@@ -51,27 +50,26 @@ def masks(rule, q, k, coords):
     return selected, window
 
 
-def test_branches_are_the_masked_definition_with_its_gradients():
+@pytest.mark.parametrize("branch", ["selected", pytest.param("window", marks=pytest.mark.slow)])
+def test_branches_are_the_masked_definition_with_its_gradients(branch):
     q, k, v = rules.inputs(batch=1, length=LENGTH)
     coords = voxels(padding=4)
     sizes = np.unique(coords[coords[:, 0] >= 0] // RULE.edge, axis=0, return_counts=True)[1]
     assert sizes.min() == 1
     assert sizes.max() >= 14
     dout = np.random.default_rng(1).standard_normal(q.shape)
-    for branch, seen in zip(("selected", "window"), masks(RULE, q[0], k[0], coords), strict=True):
-        rule = dataclasses.replace(RULE, branches=(branch,))
+    seen = masks(RULE, q[0], k[0], coords)[branch == "window"]
+    rule = dataclasses.replace(RULE, branches=(branch,))
 
-        impl = "reference" if branch == "window" else None
+    def loss(q, k, v):
+        out = rule.attend(q, k, v, coords=jnp.asarray(coords)[None])
+        return (out * dout).sum(), out
 
-        def loss(q, k, v, rule=rule, impl=impl):
-            out = rule.attend(q, k, v, coords=jnp.asarray(coords)[None], impl=impl)
-            return (out * dout).sum(), out
-
-        grads, out = jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
-        want = oracle.attention(q, k, v, seen[None], dout, np.zeros(q.shape[:3]), scale=8**-0.5)
-        np.testing.assert_allclose(out, want.out, atol=2e-5)
-        for mine, theirs in zip(grads, (want.dq, want.dk, want.dv), strict=True):
-            np.testing.assert_allclose(mine, theirs, atol=2e-4)
+    grads, out = jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+    want = oracle.attention(q, k, v, seen[None], dout, np.zeros(q.shape[:3]), scale=8**-0.5)
+    np.testing.assert_allclose(out, want.out, atol=2e-5)
+    for mine, theirs in zip(grads, (want.dq, want.dk, want.dv), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-4)
 
 
 def test_all_cubes_of_the_selection_alone_are_dense():
@@ -80,29 +78,30 @@ def test_all_cubes_of_the_selection_alone_are_dense():
     gates = jnp.broadcast_to(jnp.array([0.0, 1.0, 0.0]), (2, LENGTH, 4, 3))
     rule = dataclasses.replace(RULE, top_k=27, branches=("compressed", "selected"))
     got = jit(lambda *x: rule.attend(*x, coords=coords, gates=gates))(q, k, v)
-    dense = attend_lib.attend(q, k, v, mask=base.EVERYTHING, impl="reference")
-    np.testing.assert_allclose(got, dense, atol=2e-5)
+    np.testing.assert_allclose(got, rules.dense(q, k, v, causal=False), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_compressed_branch_attends_to_means_of_cubes_and_gates_weigh():
     q, k, v = rules.inputs(2, batch=1, length=LENGTH)
     coords = voxels()
     at = np.unique(coords // RULE.edge, axis=0, return_inverse=True)[1]
-    means = [jnp.stack([x[0, at == i].mean(0) for i in range(at.max() + 1)])[None] for x in (k, v)]
-    want = attend_lib.attend(q, *means, mask=base.EVERYTHING, impl="reference")
+    means = [
+        np.stack([np.asarray(x)[0, at == i].mean(0) for i in range(at.max() + 1)])[None]
+        for x in (k, v)
+    ]
+    want = rules.dense(q, *means, causal=False)
     gates = jnp.broadcast_to(jnp.array([0.5, 0.0, 0.0]), (1, LENGTH, 4, 3))
     rule = dataclasses.replace(RULE, branches=("compressed",))
     got = jit(lambda *x: rule.attend(*x, coords=jnp.asarray(coords)[None], gates=gates))(q, k, v)
     np.testing.assert_allclose(got, want / 2, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "branches", [("selected",), pytest.param(spatial.BRANCHES, marks=pytest.mark.slow)]
-)
-def test_the_order_of_voxels_does_not_matter_and_too_many_cubes_are_told(branches):
+@pytest.mark.slow
+def test_the_order_of_voxels_does_not_matter_and_too_many_cubes_are_told():
     q, k, v = rules.inputs(3, batch=1, length=LENGTH)
     coords = voxels()
-    rule = dataclasses.replace(RULE, max_blocks=27, branches=branches)
+    rule = dataclasses.replace(RULE, max_blocks=27)
     attend = jit(lambda rule, q, k, v, coords: rule.attend(q, k, v, coords=coords[None]),
                  static_argnums=0)  # fmt: skip
     order = np.random.default_rng(0).permutation(LENGTH)
