@@ -13,7 +13,8 @@ _WITHOUT_SHRINKING = (
     hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate,
 )  # fmt: skip
 
-hypothesis.settings.register_profile("default", derandomize=True, deadline=None)
+# The draws are the same in every run; a test that needs more of them than these says so itself.
+hypothesis.settings.register_profile("default", derandomize=True, deadline=None, max_examples=40)
 # For the second Python version: the same properties, fewer draws, no search for the smallest case.
 hypothesis.settings.register_profile(
     "quick", derandomize=True, deadline=None, max_examples=5, phases=_WITHOUT_SHRINKING

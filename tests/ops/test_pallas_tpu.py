@@ -54,10 +54,18 @@ def test_repeats_bit_for_bit():
         np.testing.assert_array_equal(first, second)
 
 
+# A block in a tile, equal to it, and over it, for a square, a wide and a tall tile.
 TILES = [
     pytest.param(tile, block, id=f"{tile}-{block}", marks=() if fast else pytest.mark.slow)
     for tile in ((128, 128), (128, 256), (384, 128))
     for block in (16, 64, 128, 384)
+    if (tile, block)
+    not in (
+        ((128, 128), 64),
+        ((128, 256), 16),
+        ((128, 256), 128),
+        ((384, 128), 64),
+    )
     for fast in ((tile, block) in (((128, 256), 64), ((384, 128), 384)),)
 ]
 

@@ -187,12 +187,14 @@ def test_static_programs_begin_with_the_longest():
     np.testing.assert_array_equal(columns[0, :, :, 0] // 2, columns[0, :, :1, 0] // 2 + [[0, 0]])
 
 
+# Every capability with the widest heads, which take the most of its memory, and with one narrower.
 # Capability -> bytes of shared memory that one program may take.
 SHARED = {"8.0": 163 << 10, "8.9": 99 << 10, "9.0": 227 << 10, "12.0": 99 << 10}
 CELLS = [
     {"capability": capability, "head_dim": dim, "everything": (i + j) % 3 == 0}
     for i, capability in enumerate(SHARED)
     for j, dim in enumerate((64, 128, 256))
+    if dim == 256 or j == (i + 1) % 2
 ] + [
     {"capability": "9.0", "head_dim": 16},
     {"capability": "9.0", "head_dim": 80, "v_head_dim": 128, "dtype": "float16"},

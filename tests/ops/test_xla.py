@@ -94,9 +94,10 @@ def test_drawn_masks_and_documents(block, kind, seed, density, longest):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", [16, 32, 64, 128])
-@pytest.mark.parametrize("kind", ["bits", "states"])
-@hypothesis.settings(max_examples=40)
+@pytest.mark.parametrize(
+    "block, kind", [(16, "states"), (32, "bits"), (64, "bits"), (128, "states")]
+)
+@hypothesis.settings(max_examples=30)
 @hypothesis.given(**_DRAWN)
 def test_many_drawn_masks_and_documents(block, kind, seed, density, longest):
     _check_drawn(seed, block, kind, density, longest)
