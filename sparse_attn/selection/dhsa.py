@@ -24,9 +24,10 @@ class Dhsa(base.OwnAttention):
     [arXiv:2510.24606] Queries and keys of a chunk are averaged and scaled by the square root of its
     length, so that long chunks of noise score as short ones do. Every query keeps the `top_k` keys
     up to itself whose chunks are most similar to its own; inside a chunk the first ones. No scores
-    of pairs of tokens exist: chunks are sorted, and their tokens counted. For prefill of one
-    document: chunks look ahead. The paper trains a small predictor of boundaries; here keys are cut
-    where their means on both sides differ most, and `attend` takes other chunks.
+    of pairs of tokens exist: chunks are sorted, and their tokens counted; lists have T * top_k
+    numbers per head. For prefill of one document: chunks look ahead. The paper trains a small
+    predictor of boundaries; here keys are cut where their means on both sides differ most, and
+    `attend` takes other chunks.
 
     Attributes:
       top_k: keys per query and head.
