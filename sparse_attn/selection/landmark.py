@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from sparse_attn.masks import block_mask, lower
 from sparse_attn.ops import scoring, softmax
 from sparse_attn.ops.token_select import lists
 from sparse_attn.patterns import base as patterns_base
+from sparse_attn.patterns import local
 from sparse_attn.selection import base
 
 
@@ -47,6 +49,13 @@ class Landmark(base.OwnAttention):
         if self.top_k is not None:
             patterns_base.check_int("top_k", self.top_k)
         self._check_fixed(block_q=1, always=None, pattern=base.CAUSAL)
+
+    def at_most(self, q_len: int, kv_len: int | None = None) -> block_mask.BlockMask:
+        """A window with as many keys as a query reads at most, landmarks included; for counting."""
+        if self.top_k is None:
+            return super().at_most(q_len, kv_len)
+        keys = (self.top_k + 1) * self.block_kv + q_len // self.block_kv
+        return lower.lower(local.Local(window=min(q_len, keys)), q_len=q_len, kv_len=kv_len)
 
     def lists(
         self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], *, segment_ids: Any = None

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparse_attn.masks import stats
+from sparse_attn.patterns import base as patterns_base
 from sparse_attn.selection import base
 from tests.selection import rules
 
@@ -36,6 +38,17 @@ def test_they_are_no_masks():
     assert all(isinstance(rule, base.OwnAttention) for rule in rules.OWN)
     with pytest.raises(NotImplementedError, match="call attend, not select"):
         rules.OWN[0].select(*rules.inputs()[:2])
+
+
+def test_keys_of_a_row_are_counted():
+    """The bound is what the last query of a long row can read."""
+    for text, keys in [
+        ("landmark(block_kv=16, top_k=2)", 3 * 16 + 64),
+        ("dynamic_mask(top_k=40)", 40),
+        ("dhsa(top_k=40)", 40),
+    ]:
+        counted = stats.of(patterns_base.parse(text).at_most(1024))
+        assert counted.keys_per_row_max == keys
 
 
 @pytest.mark.slow
