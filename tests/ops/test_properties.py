@@ -93,15 +93,13 @@ def test_what_hidden_tokens_hold_has_no_effect(backend, env):
     q, k, v = (x.copy() for x in (problem.q, problem.k, problem.v))
     for x in (q, k, v):
         x[padding] = np.nan
+    # What a product with 0 would not hide, in the other head: one run shows both.
+    v[padding, 1] = jnp.finfo(v.dtype).max
     dirty = dataclasses.replace(problem, q=q, k=k, v=v)
-    v = v.copy()
-    v[padding] = jnp.finfo(v.dtype).max
-    dirty2 = dataclasses.replace(problem, v=v)
     with env.enter():
         call = contract.runner(problem, backend)
         clean = call(problem)
         assert_same(call(dirty), clean)
-        assert_same(call(dirty2), clean)
     for name in ("out", "dq", "dk", "dv"):
         assert (getattr(clean, name)[padding] == 0).all(), name
 
@@ -123,8 +121,7 @@ def test_what_unseen_keys_hold_has_no_effect(backend, env):
     with env.enter():
         call = contract.runner(problem, backend)
         clean = call(problem)
-        assert_same(call(dataclasses.replace(problem, k=spoiled)), clean)
-        assert_same(call(dataclasses.replace(problem, v=huge)), clean)
+        assert_same(call(dataclasses.replace(problem, k=spoiled, v=huge)), clean)
     assert (clean.dk[:, 100:] == 0).all()
     assert (clean.dv[:, 100:] == 0).all()
 
@@ -168,21 +165,21 @@ def test_block_sizes_do_not_matter(backend, env):
 
 
 @backends()
-@pytest.mark.parametrize(
-    "mask, same",
-    [
-        (local.Local(window=150), problems.CAUSAL),
-        (local.Local(reach=(150, 150)), problems.FULL),
-        (problems.CAUSAL | ~problems.CAUSAL, problems.FULL),
-    ],
-    ids=lambda pattern: pattern.expression(),
-)
-def test_equal_masks_give_equal_attention(backend, env, mask, same):
+def test_equal_masks_give_equal_attention(backend, env):
     problem = contract.build(WINDOW, env)
-    with env.enter():
-        got = contract.run(dataclasses.replace(problem, mask=mask), backend)
-        want = contract.run(dataclasses.replace(problem, mask=same), backend)
-    assert_close(got, want, problem.q.dtype)
+    pairs = [(local.Local(window=150), problems.CAUSAL)]
+    # Another pair is another lowering to lists, which backends share: an interpreter of minutes
+    # tells no more by it.
+    if not env.interpreted:
+        pairs += [
+            (local.Local(reach=(150, 150)), problems.FULL),
+            (problems.CAUSAL | ~problems.CAUSAL, problems.FULL),
+        ]
+    for mask, same in pairs:
+        with env.enter():
+            got = contract.run(dataclasses.replace(problem, mask=mask), backend)
+            want = contract.run(dataclasses.replace(problem, mask=same), backend)
+        assert_close(got, want, problem.q.dtype)
 
 
 @backends()
