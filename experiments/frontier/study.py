@@ -1,0 +1,257 @@
+"""Sparse attention put into models that were trained dense, by size, task, length, density.
+
+python -m experiments.frontier.study [--out DIR] [--work DIR]    # minutes, see README.md
+
+The protocol of [arXiv:2504.17768] with models of thousands of parameters. Trained models are kept
+in WORK and finished cells in OUT/frontier.json, so a command that was stopped goes on.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.frontier import report
+from experiments.kernels import bench
+from sparse_attn.data.synthetic import catalog
+from sparse_attn.masks import block_mask
+from sparse_attn.models import attention, transformer
+from sparse_attn.patterns import base as patterns_base
+from sparse_attn.patterns import causal, local, sinks
+from sparse_attn.selection import base as selection_base
+from sparse_attn.train import flops, state
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+VOCAB, BLOCK = 128, 4
+TASKS = {
+    "needle": "needle(vocab_size={v}, length={t})",
+    "mqar": "mqar(vocab_size={v}, length={t}, num_pairs=8)",
+    "variable_tracking": "variable_tracking(vocab_size={v}, length={t}, hops=2)",
+}
+RULES = ("window and sinks", "vertical_slash", "pooled", "moba", "oracle")
+DENSE, DENSE_PATTERN = "dense", causal.Causal()
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all cells of one results file share."""
+
+    sizes: tuple[int, ...] = (12, 16, 32)  # embed_dim, and that of the one head
+    lengths: tuple[int, ...] = (48, 96)  # tested; trained is the last
+    budgets: tuple[int, ...] = (8, 16, 32)  # tokens that a query may see, about
+    steps: int = 400
+    batch: int = 32
+    test: int = 256
+    rate: float = 1e-2
+
+    @classmethod
+    def tiny(cls) -> "Setting":
+        """For tests: seconds on a CPU."""
+        return cls(sizes=(8,), lengths=(32,), budgets=(8,), steps=2, batch=2, test=4)
+
+
+def model_of(size: int, pattern: Any = DENSE_PATTERN) -> transformer.Transformer:
+    """Two layers behind short convolutions, no positions: rows may have any length.
+
+    >>> model_of(8).config.num_layers
+    2
+    """
+    return transformer.Transformer(
+        transformer.TransformerConfig(
+            vocab_size=VOCAB, num_layers=2, embed_dim=size, num_heads=1, mlp_dim=2 * size,
+            pattern=pattern, block=BLOCK, impl="reference", rope_base=None, short_conv=3,
+        )
+    )  # fmt: skip
+
+
+def rule_of(name: str, budget: int) -> Any:
+    """The pattern or selector of about `budget` tokens a query.
+
+    >>> rule_of("window and sinks", 16)
+    Or(a=Local(window=12, reach=None), b=Sinks(tokens=4))
+    """
+    if name == DENSE:
+        return DENSE_PATTERN
+    if name == "window and sinks":
+        return local.Local(window=budget - BLOCK) | sinks.Sinks(tokens=BLOCK)
+    fields = {"block_kv": BLOCK, "pattern": patterns_base.parse("causal()")}
+    if name != "moba":
+        fields["block_q"] = BLOCK
+    if name == "vertical_slash":  # A diagonal crosses two blocks of a row, a column one.
+        lines = budget // (3 * BLOCK) + 1
+        fields |= {"columns": lines, "diagonals": lines, "probe": 2 * BLOCK}
+    else:
+        fields["top_k"] = budget // BLOCK - 1  # Beside the diagonal.
+    if name == "oracle":
+        name, fields["always"] = "ada_spa", selection_base.DIAGONAL
+    return patterns_base.find(name, "sparse_attn.selection")(**fields)
+
+
+def task_of(name: str, length: int) -> Any:
+    return catalog.parse(TASKS[name].format(v=VOCAB, t=length))
+
+
+def batches(length: int, size: int, *, split: str) -> Any:
+    """Endless batches `[tasks, rows, T]` of all tasks."""
+    each = [
+        catalog.Batches(task_of(name, length), split=split, seed=0, batch_size=size)
+        for name in TASKS
+    ]
+    for drawn in zip(*each):
+        yield {n: np.stack([x[n] for x in drawn]) for n in ("inputs", "targets", "weights")}
+
+
+def train(size: int, setting: Setting) -> Any:
+    """Parameters `[tasks, ...]` of one dense model per task, trained side by side."""
+    model, length = model_of(size), setting.lengths[-1]
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, setting.rate, setting.steps // 15 + 1, setting.steps + 1
+    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.95))
+    example = jnp.zeros((1, length), jnp.int32)
+    keys = jax.random.split(jax.random.key(size), len(TASKS))
+    params = jax.jit(jax.vmap(lambda key: model.init(key, example)["params"]))(keys)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @jax.vmap
+    def step(params, moments, batch):
+        _, _, grads = state.loss_and_grads(model, params, batch)
+        updates, moments = optimizer.update(grads, moments, params)
+        return optax.apply_updates(params, updates), moments
+
+    moments = jax.vmap(optimizer.init)(params)
+    drawn = batches(length, setting.batch, split="train")
+    for _ in range(setting.steps):
+        params, moments = step(params, moments, next(drawn))
+    return params
+
+
+def trained(size: int, setting: Setting, work: pathlib.Path) -> Any:
+    """Parameters from WORK, or trained and put there."""
+    path = work / f"{size}_{setting.lengths[-1]}_{setting.steps}_{setting.batch}.npz"
+    if not path.exists():
+        params = train(size, setting)
+        work.mkdir(parents=True, exist_ok=True)
+        np.savez(path, *jax.tree.leaves(params))
+    example = jnp.zeros((1, setting.lengths[-1]), jnp.int32)
+    shapes = jax.eval_shape(model_of(size).init, jax.random.key(0), example)["params"]
+    with np.load(path) as arrays:
+        leaves = [jnp.asarray(arrays[f"arr_{i}"]) for i in range(len(arrays.files))]
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def share_of(mask: block_mask.BlockMask) -> jax.Array:
+    """Causal pairs in the listed blocks of a run-time mask / all causal pairs, mean of tables."""
+    lists = mask.kv_indices.reshape(*mask.kv_counts.shape, -1)
+    kept = (lists[..., None] == jnp.arange(mask.num_cols)).any(-2)
+    rows, columns = (jnp.arange(n) * b for n, b in (
+        (kept.shape[-2], mask.block_q), (kept.shape[-1], mask.block_kv),
+    ))  # fmt: skip
+    ahead = rows[:, None] + jnp.arange(mask.block_q) + 1  # Keys that each query of a row may see.
+    pairs = jnp.clip(ahead[:, None] - columns[:, None], 0, mask.block_kv).sum(-1)
+    return (jnp.where(kept, pairs, 0).sum((-2, -1)) / pairs.sum()).mean()
+
+
+def measure(model: transformer.Transformer, params: Any, data: Any) -> tuple[list, float]:
+    """Accuracy of each task, and the density: visible pairs / causal pairs, mean of layers."""
+    pattern, length = model.config.pattern, data["inputs"].shape[-1]
+    counted = isinstance(pattern, selection_base.Selector) and not hasattr(pattern, "top_k")
+
+    def keep(next_fun, args, kwargs, context):
+        out = next_fun(*args, **kwargs)
+        if context.method_name == "_mask" and isinstance(context.module, attention.SelfAttention):
+            context.module.sow("intermediates", "share", share_of(out))
+        return out
+
+    @jax.jit
+    @jax.vmap
+    def run(params, batch):
+        inputs = {"params": params}, batch["inputs"]
+        if counted:
+            with nn.intercept_methods(keep):
+                logits, kept = model.apply(*inputs, mutable=["intermediates"])
+            share = jnp.stack(jax.tree.leaves(kept)).mean()
+        else:
+            logits, share = model.apply(*inputs), 0.0
+        right = (logits.argmax(-1) == batch["targets"]) * batch["weights"]
+        return right.sum() / batch["weights"].sum(), share
+
+    accuracy, share = run(params, data)
+    if counted:
+        return np.asarray(accuracy, float).tolist(), float(np.mean(share))
+    cost = flops.attention_cost(model.config, context=length, batch_size=1)
+    return np.asarray(accuracy, float).tolist(), cost["token_density"] * 2 * length / (length + 1)
+
+
+def forward_flops(model: transformer.Transformer, params: int, length: int, density: float):
+    """FLOPs of a row: 2 per parameter and token, 4 per visible pair and dimension and layer.
+
+    >>> forward_flops(model_of(8), 1000, 3, 0.5)  # 3 of 6 causal pairs
+    6192.0
+    """
+    config = model.config
+    pairs = density * length * (length + 1) / 2
+    each = 4 * config.num_heads * config.head_dim * config.num_layers
+    return float(2 * params * length + each * pairs)
+
+
+def plan(setting: Setting) -> list[tuple[int, int, str, int | None]]:
+    """(size, length, rule, budget) of all cells; dense first."""
+    rules = [(DENSE, None), *((r, b) for r in RULES for b in setting.budgets)]
+    return [(s, t, *rule) for s in setting.sizes for t in setting.lengths for rule in rules]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/frontier"))
+    parser.add_argument("--tiny", action="store_true", help="a model of seconds, to see it run")
+    options = parser.parse_args(argv)
+    setting, path = Setting.tiny() if options.tiny else Setting(), options.out / "frontier.json"
+    content = {"setting": json.loads(json.dumps(dataclasses.asdict(setting))), "cells": []}
+    if path.exists():
+        before = json.loads(path.read_text())["results"]
+        if before["setting"] != content["setting"]:
+            raise ValueError(f"{path} is of another setting; move it away, or give another --out")
+        content = before
+    done = {(c["size"], c["length"], c["rule"], c["budget"]) for c in content["cells"]}
+    loaded, data = {}, {}
+    for cell in plan(setting):
+        size, length, name, budget = cell
+        if cell in done:
+            continue
+        began = time.perf_counter()
+        if size not in loaded:
+            loaded = {size: trained(size, setting, options.work)}
+            print(f"size {size}: trained, {time.perf_counter() - began:.0f} s", flush=True)
+        if length not in data:
+            data[length] = next(batches(length, setting.test, split="test"))
+        model = model_of(size, rule_of(name, budget or 0))
+        count = state.num_params(loaded[size]) // len(TASKS)
+        accuracy, density = measure(model, loaded[size], data[length])
+        content["cells"] += [
+            {
+                "size": size, "params": count, "length": length, "rule": name, "budget": budget,
+                "task": task, "accuracy": right, "chance": task_of(task, length).chance,
+                "density": density, "flops": forward_flops(model, count, length, density),
+            }
+            for task, right in zip(TASKS, accuracy, strict=True)
+        ]  # fmt: skip
+        bench.write(content, path)
+        told = ", ".join(f"{t} {a:.2f}" for t, a in zip(TASKS, accuracy, strict=True))
+        print(f"{size} {length} {name} {budget}: density {density:.2f}, {told}", flush=True)
+    return report.main(["--results", str(path)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
