@@ -74,6 +74,10 @@ CAUSAL: dict[str, tuple[dict[str, Any], dict[str, tuple]]] = {
         {"top_k": COUNTS},
     ),
     "pbs": ({"segment": 4 * BLOCK}, {"top_k": COUNTS}),
+    "dhsa": (
+        {"block_q": 1, "block_kv": 1, "length": 16},
+        {"top_k": (16, 32, 64, 128, 256, 512)},
+    ),
 }  # fmt: skip
 FULL: dict[str, tuple[dict[str, Any], dict[str, tuple]]] = {
     ORACLE: ({}, {"top_k": COUNTS[1:]}),
@@ -197,15 +201,15 @@ def distilled(rule: Any, given: Input, steps: int = 60) -> dict[str, jax.Array]:
 def measure(name: str, rule: Any, given: Input, params: Any) -> tuple[float, float]:
     """(visible pairs / dense pairs, mean part of the dense mass of a query) of a rule."""
     q, k = given.q, given.k
-    if isinstance(rule, pbs.Reordered):
-        return moved(rule, given)
+    if isinstance(rule, base.OwnAttention):
+        return by_lse(rule, given)
     mask = select(rule, q, k, params)
     kept = kept_mass.kept_mass(q, k, mask, dense=given.pattern, num_queries=LENGTH)
     return pairs(mask) / dense_pairs(given), float(kept.mean())
 
 
-def moved(rule: pbs.Reordered, given: Input) -> tuple[float, float]:
-    """`measure` for rules that move tokens: mass from the lse, pairs from their own masks."""
+def by_lse(rule: base.OwnAttention, given: Input) -> tuple[float, float]:
+    """`measure` for rules without a mask: mass from the lse, pairs from what they say of it."""
     q, k = given.q, given.k
     _, lse = jax.jit(lambda q, k: rule.attend(q, k, k, return_lse=True))(q, k)
     _, dense = attend_lib.attend(q, k, k, mask=given.pattern, return_lse=True)
@@ -214,6 +218,8 @@ def moved(rule: pbs.Reordered, given: Input) -> tuple[float, float]:
         seen = LENGTH * rule.block_q
     elif name == "Svg2":
         seen = pairs(rule.plan(q, k)[2])
+    elif name == "Dhsa":
+        seen = float((rule.lists(q, k) >= 0).sum((1, 3)).mean())
     else:
         order = rule.key_order(q, k)
         heads = q.shape[2]
@@ -372,7 +378,7 @@ def none_is_above_the_bound(results: list[dict]) -> bool:
 
     Between two points of the stored line the true one is a little above it: 0.005 are allowed.
     """
-    finer = {"moba", "moba_conv", "inf_llm", "v_moba", "anchor", "pbs", "svg2", "hyper"}
+    finer = {"moba", "moba_conv", "inf_llm", "v_moba", "anchor", "pbs", "svg2", "hyper", "dhsa"}
     good = True
     for r in results:
         best = next(x for x in results if x["input"] == r["input"] and x["rule"] == BOUND)
