@@ -58,8 +58,8 @@ def test_launch_commands_parse(tmp_path):
         assert "error" not in result.stderr, words
         (config,) = (w.partition("=")[2] for w in words if w.startswith("--config="))
         runs = 1
-        if "--sweep=patterns" in words:
-            runs = len(list(runpy.run_path(str(ROOT / config))["sweep_patterns"]()))
+        for sweep in (w.partition("=")[2] for w in words if w.startswith("--sweep=")):
+            runs = len(list(runpy.run_path(str(ROOT / config))[f"sweep_{sweep}"]()))
         printed = result.stdout.strip().splitlines()
         assert len(printed) == (runs + 2 if "--status" in words else runs), words
 
