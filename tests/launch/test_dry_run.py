@@ -166,8 +166,8 @@ def test_the_smallest_size_on_its_topology():
 def test_a_tpu_that_is_too_small():
     done = launch(
         "--config=configs/quickstart.py:full", "--config.data.batch_size=128",
-        "--config.data.context=4096", "--config.model.num_layers=2", "--dry-run",
-        "--topology=v5e:1x1", fast=False,
+        "--config.data.context=4096", "--config.model.num_layers=2",
+        "--config.model.dtype=float32", "--dry-run", "--topology=v5e:1x1", fast=False,
     )  # fmt: skip
     assert done.returncode == 71, done.stderr
     assert "Ran out of memory" in done.stdout
