@@ -8,7 +8,6 @@ in WORK and finished cells in OUT/frontier.json, so a command that was stopped g
 
 import argparse
 import dataclasses
-import functools
 import json
 import pathlib
 import sys
@@ -19,10 +18,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments.frontier import report
 from experiments.kernels import bench
+from experiments.recall import side_by_side
 from sparse_attn.data.synthetic import catalog
 from sparse_attn.masks import block_mask
 from sparse_attn.models import attention, transformer
@@ -103,37 +102,23 @@ def task_of(name: str, length: int) -> Any:
 
 def batches(length: int, size: int, *, split: str) -> Any:
     """Endless batches `[tasks, rows, T]` of all tasks."""
-    each = [
-        catalog.Batches(task_of(name, length), split=split, seed=0, batch_size=size)
-        for name in TASKS
-    ]
-    for drawn in zip(*each):
-        yield {n: np.stack([x[n] for x in drawn]) for n in ("inputs", "targets", "weights")}
+    return side_by_side.batches(
+        [
+            catalog.Batches(task_of(name, length), split=split, seed=0, batch_size=size)
+            for name in TASKS
+        ]
+    )
 
 
 def train(size: int, setting: Setting) -> Any:
     """Parameters `[tasks, ...]` of one dense model per task, trained side by side."""
-    model, length = model_of(size), setting.lengths[-1]
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, setting.rate, setting.steps // 15 + 1, setting.steps + 1
-    )
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.95))
-    example = jnp.zeros((1, length), jnp.int32)
-    keys = jax.random.split(jax.random.key(size), len(TASKS))
-    params = jax.jit(jax.vmap(lambda key: model.init(key, example)["params"]))(keys)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    @jax.vmap
-    def step(params, moments, batch):
-        _, _, grads = state.loss_and_grads(model, params, batch)
-        updates, moments = optimizer.update(grads, moments, params)
-        return optax.apply_updates(params, updates), moments
-
-    moments = jax.vmap(optimizer.init)(params)
-    drawn = batches(length, setting.batch, split="train")
-    for _ in range(setting.steps):
-        params, moments = step(params, moments, next(drawn))
-    return params
+    length = setting.lengths[-1]
+    return side_by_side.train(
+        model_of(size),
+        jax.random.split(jax.random.key(size), len(TASKS)),
+        batches(length, setting.batch, split="train"),
+        length=length, steps=setting.steps, rate=setting.rate,
+    )  # fmt: skip
 
 
 def trained(size: int, setting: Setting, work: pathlib.Path) -> Any:
@@ -183,8 +168,7 @@ def measure(model: transformer.Transformer, params: Any, data: Any) -> tuple[lis
             share = jnp.stack(jax.tree.leaves(kept)).mean()
         else:
             logits, share = model.apply(*inputs), 0.0
-        right = (logits.argmax(-1) == batch["targets"]) * batch["weights"]
-        return right.sum() / batch["weights"].sum(), share
+        return side_by_side.accuracy(logits, batch), share
 
     accuracy, share = run(params, data)
     if counted:

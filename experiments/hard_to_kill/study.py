@@ -1,7 +1,7 @@
 """Kills and preempts a training run at random moments, and compares it with an undisturbed one.
 
     python -m experiments.hard_to_kill.study                         # 20 + 20, stores the result
-    python -m experiments.hard_to_kill.study --kills=2 --terms=2 --seed=3 --output=/tmp/killed
+    python -m experiments.hard_to_kill.study --kills=2 --terms=2 --seed=3 --output=runs/killed
 
 The run is a process of the command that users start, with a checkpoint every 5 steps that is
 written while training goes on. See README.md for what must hold.

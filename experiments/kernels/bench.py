@@ -9,12 +9,14 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
+_RESULT = "RESULT "
 _PACKAGES = ("jax", "jaxlib", "numpy", "libtpu", "triton", "jax-triton")
 
 
@@ -114,6 +116,29 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
     rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
     return "\n".join([line(header), rule, *map(line, cells)])
+
+
+def in_shards(module: str, shards: int) -> list[dict[str, Any]]:
+    """Results of the processes `python -m module --shards N --shard i`, started together.
+
+    Each prints its results by `shard_result`; lines of other kinds are left out.
+    """
+    command = [sys.executable, "-m", module, f"--shards={shards}"]
+    started = [
+        subprocess.Popen([*command, f"--shard={i}"], stdout=subprocess.PIPE, text=True)
+        for i in range(shards)
+    ]
+    lines = [line for process in started for line in process.communicate()[0].splitlines()]
+    return [json.loads(line[len(_RESULT) :]) for line in lines if line.startswith(_RESULT)]
+
+
+def shard_result(result: Mapping[str, Any]) -> None:
+    """Prints a result for `in_shards`.
+
+    >>> shard_result({"ok": True})
+    RESULT {"ok": true}
+    """
+    print(_RESULT + json.dumps(result), flush=True)
 
 
 def _cell(value) -> str:

@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import pathlib
-import subprocess
 import sys
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # Shards share the GPU.
@@ -234,21 +233,9 @@ def main() -> None:
                 result = run(check)
             except Exception as error:  # The other checks still count.
                 result = {**dataclasses.asdict(check), "ok": False, "error": str(error)[:500]}
-            print("RESULT " + json.dumps(result), flush=True)
+            bench.shard_result(result)
         return
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.kernels.gpu_check",
-        "--shards",
-        str(options.shards),
-    ]
-    shards = [
-        subprocess.Popen([*command, "--shard", str(i)], stdout=subprocess.PIPE, text=True)
-        for i in range(options.shards)
-    ]
-    lines = [line for shard in shards for line in shard.communicate()[0].splitlines()]
-    results = [json.loads(line[7:]) for line in lines if line.startswith("RESULT ")]
+    results = bench.in_shards("experiments.kernels.gpu_check", options.shards)
     name = bench.file_stem(jax.devices()[0].device_kind)
     bench.write(results, pathlib.Path(options.out) / f"gpu_check_{name}.json")
     bad = [r for r in results if not r["ok"]]

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import pathlib
-import subprocess
 import sys
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # Shards share the GPU.
@@ -30,7 +29,7 @@ def run(shard: int, shards: int) -> None:
             contract.check(case, "triton_gpu")
         except Exception as error:  # The other cases still count.
             result |= {"ok": False, "error": f"{type(error).__name__}: {str(error)[:300]}"}
-        print("RESULT " + json.dumps(result), flush=True)
+        bench.shard_result(result)
 
 
 def main() -> None:
@@ -42,16 +41,7 @@ def main() -> None:
     if options.shard is not None:
         run(options.shard, options.shards)
         return
-    command = [sys.executable, "-m", "experiments.kernels.triton_check"]
-    shards = [
-        subprocess.Popen(
-            [*command, f"--shards={options.shards}", f"--shard={i}"],
-            stdout=subprocess.PIPE, text=True,
-        )
-        for i in range(options.shards)
-    ]  # fmt: skip
-    lines = [line for shard in shards for line in shard.communicate()[0].splitlines()]
-    results = [json.loads(line[7:]) for line in lines if line.startswith("RESULT ")]
+    results = bench.in_shards("experiments.kernels.triton_check", options.shards)
     name = bench.file_stem(jax.devices()[0].device_kind)
     bench.write(results, pathlib.Path(options.out) / f"triton_check_{name}.json")
     from tests.ops import contract

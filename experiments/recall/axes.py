@@ -11,15 +11,13 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments.kernels import bench
+from experiments.recall import side_by_side
 from sparse_attn.data.synthetic import attention_axes, catalog
 from sparse_attn.models import transformer
 from sparse_attn.patterns import base as patterns_base
-from sparse_attn.train import state
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 LENGTH, PAIRS, BAND, SEEDS = 32, 4, 4, 3
@@ -58,36 +56,21 @@ def run(
             pattern=pattern, block=4, impl="reference", rope_base=None, short_conv=3,
         )
     )  # fmt: skip
-    schedule = optax.warmup_cosine_decay_schedule(0.0, RATE, steps // 15 + 1, steps + 1)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.95))
-    example = jnp.zeros((1, task.length), jnp.int32)
     keys = jax.random.split(jax.random.key(0), SEEDS)
-    params = jax.jit(jax.vmap(lambda key: model.init(key, example)["params"]))(keys)
-    moments = jax.vmap(optimizer.init)(params)
-
-    def of(batches):
-        drawn = [next(x) for x in batches]
-        return {n: np.stack([x[n] for x in drawn]) for n in ("inputs", "targets", "weights")}
-
-    @jax.jit
-    @jax.vmap
-    def step(params, moments, batch):
-        _, _, grads = state.loss_and_grads(model, params, batch)
-        updates, moments = optimizer.update(grads, moments, params)
-        return optax.apply_updates(params, updates), moments
+    train, drawn = (
+        side_by_side.batches(
+            [catalog.Batches(task, split=split, seed=s, batch_size=rows) for s in range(SEEDS)]
+        )
+        for split, rows in (("train", BATCH), ("test", test))
+    )
+    params = side_by_side.train(model, keys, train, length=task.length, steps=steps, rate=RATE)
 
     @jax.jit
     @jax.vmap
     def accuracy(params, batch):
-        logits = model.apply({"params": params}, batch["inputs"])
-        right = (logits.argmax(-1) == batch["targets"]) * batch["weights"]
-        return right.sum() / batch["weights"].sum()
+        return side_by_side.accuracy(model.apply({"params": params}, batch["inputs"]), batch)
 
-    train = [catalog.Batches(task, split="train", seed=s, batch_size=BATCH) for s in range(SEEDS)]
-    for _ in range(steps):
-        params, moments = step(params, moments, of(train))
-    tests = [catalog.Batches(task, split="test", seed=s, batch_size=test) for s in range(SEEDS)]
-    return np.asarray(accuracy(params, of(tests)), float).tolist()
+    return np.asarray(accuracy(params, next(drawn)), float).tolist()
 
 
 def shown(task: attention_axes.AttentionAxes, pattern: patterns_base.Pattern) -> float:

@@ -13,11 +13,13 @@ import functools
 import gzip
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
+
+from sparse_attn.data import counted
 
 ORDER = 1  # raised when the same seed would give another order of images
 FASHION_MNIST = pathlib.Path("/usr/share/datasets/fashion-mnist")  # where the package puts it
@@ -109,7 +111,7 @@ def load(name: str) -> Dataset:
     return Dataset(title, train, test, digest.hexdigest())
 
 
-class Batches(Iterator[Batch]):
+class Batches(counted.Batches):
     """Endless batches of a split; `get_state` is small and JSON, `set_state` goes on exactly.
 
     A batch has `inputs` (float32, pixels in [-1, 1]), `targets` (int32 `[B]`) and `weights`
@@ -131,10 +133,10 @@ class Batches(Iterator[Batch]):
             )
         if seed < 0:
             raise ValueError(f"seed={seed} must not be negative")
-        self._split, self._batch_size, self._seed, self._step = data.train, batch_size, seed, 0
-        self._fingerprint = {
-            "images": data.sha256, "batch_size": batch_size, "seed": seed, "order": ORDER,
-        }  # fmt: skip
+        self._split, self._batch_size, self._seed = data.train, batch_size, seed
+        super().__init__(
+            {"images": data.sha256, "batch_size": batch_size, "seed": seed, "order": ORDER}
+        )
 
     def __next__(self) -> Batch:
         count = len(self._split.labels)
@@ -146,19 +148,6 @@ class Batches(Iterator[Batch]):
 
     def _order(self, epoch: int) -> Int[np.ndarray, "N"]:
         return _shuffled(self._seed, epoch, len(self._split.labels))
-
-    def get_state(self) -> dict[str, Any]:
-        """The place in the stream, and what its order depends on."""
-        return {"fingerprint": dict(self._fingerprint), "step": self._step}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on with the batch after the one at which `get_state` was called."""
-        saved = state.get("fingerprint")
-        if saved != self._fingerprint:
-            raise ValueError(
-                f"the data order cannot be resumed: it was {saved} and is now {self._fingerprint}"
-            )
-        self._step = state["step"]
 
 
 def evaluation_batches(data: Dataset, *, batch_size: int) -> list[Batch]:

@@ -9,14 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from sparse_attn.models import attention
-from sparse_attn.ops import tiles
+from sparse_attn.models import attention, dtypes
 from sparse_attn.parallel import attention as parallel_lib
 from sparse_attn.parallel import mesh
 from sparse_attn.patterns import base, causal, per_head, per_layer
 from sparse_attn.selection import base as selection_base
 
-DTYPES = {"auto": None, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # What the backward pass finds in memory: everything, only what enters a block, or also the results
 # of the block's matrix products.
 REMAT = {"none": None, "block": None, "dots": jax.checkpoint_policies.dots_saveable}
@@ -24,17 +22,6 @@ LAYER_LOOPS = ("scan", "unroll")
 
 Layer = base.Pattern | per_head.PerHead | selection_base.Selector
 Schedule = Layer | per_layer.PerLayer
-
-
-def compute_dtype(name: str) -> Any:
-    """The dtype of a name in `DTYPES`; "auto" is float32 on CPU, else bfloat16.
-
-    >>> compute_dtype("bfloat16").__name__, compute_dtype("auto").__name__  # on CPU
-    ('bfloat16', 'float32')
-    """
-    if name != "auto":
-        return DTYPES[name]
-    return jnp.float32 if tiles.target().platform == "cpu" else jnp.bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +38,7 @@ class LayersConfig:
         blocks of their own.
       impl: backend of `attend`; None = the best one on the device.
       tokens: see `parallel.attention.Tokens`; with an order, rows and positions come in it.
-      dtype: of the computation, "float32", "bfloat16" or "auto" (`compute_dtype`). Parameters,
+      dtype: of the computation, "float32", "bfloat16" or "auto" (`dtypes.of`). Parameters,
         softmax statistics, norms and logits are float32 always.
       remat: "none" keeps all activations for the backward pass; "block" recomputes each block
         from its input (least memory, about a third more compute); "dots" keeps the results of
@@ -125,7 +112,7 @@ class LayersConfig:
                 f"pattern: {names}: only one kind of layer may have parameters of its own, as "
                 "those of all layers are stacked"
             )
-        self._check_choice("dtype", DTYPES)
+        self._check_choice("dtype", dtypes.CHOICES)
         self._check_choice("remat", REMAT)
         self._check_choice("layer_loop", LAYER_LOOPS)
         self._check_choice("sink_logits", attention.SINK_LOGITS)
@@ -237,7 +224,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, positions_BT, segment_ids_BT):
-        c, dtype = self.config, compute_dtype(self.config.dtype)
+        c, dtype = self.config, dtypes.of(self.config.dtype)
         # Each block adds two branches: with this factor their sum over depth keeps the size of one.
         out_scale = (2 * c.num_layers) ** -0.5
         x_BTD = mesh.shard(x_BTD, "batch", "length", None)
@@ -329,7 +316,7 @@ class Transformer(nn.Module):
           positions: for the rotation, usually restarting per document; None = 0 .. T-1. The
             patterns see the place in the row, whatever the positions.
         """
-        c, dtype = self.config, compute_dtype(self.config.dtype)
+        c, dtype = self.config, dtypes.of(self.config.dtype)
         if positions is None:
             places_T = jnp.asarray(c.tokens.places(tokens_BT.shape[1]))
             positions = jnp.broadcast_to(places_T, tokens_BT.shape)

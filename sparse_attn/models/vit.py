@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparse_attn.masks import grids, reorder
-from sparse_attn.models import transformer
+from sparse_attn.models import dtypes, transformer
 from sparse_attn.ops import reordered
 from sparse_attn.patterns import base, full, joint, per_head, per_layer, permuted
 
@@ -158,7 +158,7 @@ class VisionTransformer(nn.Module):
         Raises:
           ValueError: the images do not have the config's shape.
         """
-        c, dtype = self.config, transformer.compute_dtype(self.config.dtype)
+        c, dtype = self.config, dtypes.of(self.config.dtype)
         if images.shape[1:] != c.image_shape:
             raise ValueError(f"images of shape {images.shape[1:]} must be {c.image_shape}")
         patches_BTP = patchify(images.astype(dtype), c.patch)

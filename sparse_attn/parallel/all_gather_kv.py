@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from sparse_attn.masks import block_mask
+from sparse_attn.ops import softmax
 from sparse_attn.parallel import local, split
 
 
@@ -58,7 +59,9 @@ class Plan:
             return grads.dq, home(grads.dk, k), home(grads.dv, v), dbias
 
         floats = (queries.q, keys.k, keys.v, keys.bias)
-        return local.with_gradients(forward, backward, floats, (queries.ids, keys.ids, arrays))
+        others = (queries.ids, keys.ids, arrays)
+        # Only arguments, out and lse are kept: what was received is received again.
+        return softmax.with_backward(forward, backward, floats, others, may_be_empty=True)
 
 
 def _gathered(keys: local.Keys) -> local.Keys:

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from sparse_attn.masks import block_mask, segments
 from sparse_attn.ops import attend as attend_lib
+from sparse_attn.ops import softmax
 from sparse_attn.ops.block_sparse import inputs as inputs_lib
 
 
@@ -116,40 +116,6 @@ def _differentiated(backend, inputs, lse, dout, delta):
     return inputs_lib.Grads(*pull(((weight[..., None] * dout).astype(out.dtype), dlse)))
 
 
-def with_gradients(
-    run: Callable[[Any, Any], tuple[Array, Array]],
-    run_backward: Callable[[Any, Any, Array, Array, Array], Any],
-    floats: Any,
-    others: Any,
-) -> tuple[Array, Array]:
-    """`run(floats, others)`, whose gradient is `run_backward(floats, others, lse, dout, delta)`.
-
-    Only the arguments, out and lse are kept for the backward pass: what was received from other
-    devices is received again. `others` are integer arrays.
-    """
-
-    @jax.custom_vjp
-    def attention(floats, others):
-        return run(floats, others)
-
-    def keep(floats, others):
-        out, lse = run(floats, others)
-        return (out, lse), (floats, others, out, lse)
-
-    def pull(residuals, cotangents):
-        floats, others, out, lse = residuals
-        dout, dlse = cotangents
-        delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - dlse
-        # A row that sees nothing gives no gradient, whatever its cotangent holds.
-        empty = lse == -jnp.inf
-        delta, dout = jnp.where(empty, 0, delta), jnp.where(empty[..., None], 0, dout)
-        grads = run_backward(floats, others, lse, dout.astype(out.dtype), delta)
-        return grads, jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), others)
-
-    attention.defvjp(keep, pull)
-    return attention(floats, others)
-
-
 def arrays_of(mask: block_mask.BlockMask) -> dict[str, Array]:
     """The arrays of a run-time mask by field name."""
     arrays = {name: getattr(mask, name) for name in block_mask.ARRAYS}
@@ -176,7 +142,8 @@ def attend(
     # The lists of run-time masks are arguments like any other array.
     arrays = [{} if mask.is_static else arrays_of(mask) for mask in masks]
     floats = (queries.q, keys.k, keys.v, keys.bias)
-    return with_gradients(forward_, backward_, floats, ((queries.ids, keys.ids), arrays))
+    others = ((queries.ids, keys.ids), arrays)
+    return softmax.with_backward(forward_, backward_, floats, others, may_be_empty=True)
 
 
 def add_sinks(

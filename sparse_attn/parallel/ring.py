@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool
 
 from sparse_attn.masks import block_mask
 from sparse_attn.ops import attend as attend_lib
+from sparse_attn.ops import softmax
 from sparse_attn.parallel import local, split
 
 Pairs = tuple[tuple[int, int], ...]
@@ -116,7 +117,8 @@ class Plan:
             return jax.tree.map(lambda g, x: g.astype(x.dtype), (dq, *mine), floats)
 
         floats = (queries.q, keys.k, keys.v, keys.bias)
-        return local.with_gradients(forward, backward, floats, others)
+        # Only arguments, out and lse are kept: what was received is received again.
+        return softmax.with_backward(forward, backward, floats, others, may_be_empty=True)
 
     def _parts(self, own: local.Keys):
         """(step, keys of that step, what was relayed), sent as they are asked for."""

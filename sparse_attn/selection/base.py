@@ -238,6 +238,15 @@ class Selector(base.Expression):
         return Blocks(jnp.asarray(candidates), jnp.asarray(guard), *real, ids, params)
 
 
+def window_of(keys: int, q_len: int, kv_len: int | None = None) -> block_mask.BlockMask:
+    """A window of as many keys as a query reads at most: stands for a rule in counts of the cost.
+
+    >>> window_of(20, 64).q_len
+    64
+    """
+    return lower.lower(local.Local(window=min(keys, q_len)), q_len=q_len, kv_len=kv_len)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OwnAttention(Selector):
     """A rule that has `attend` and no mask of blocks in place: it chooses tokens, or moves them."""

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparse_attn.masks import block_mask, lower
+from sparse_attn.masks import block_mask
 from sparse_attn.ops import scoring
 from sparse_attn.ops.token_select import attend as select_lib
 from sparse_attn.ops.token_select import lists
 from sparse_attn.patterns import base as patterns_base
-from sparse_attn.patterns import local
 from sparse_attn.selection import base
 
 
@@ -57,8 +56,7 @@ class Dhsa(base.OwnAttention):
 
     def at_most(self, q_len: int, kv_len: int | None = None) -> block_mask.BlockMask:
         """A window with as many keys as a query keeps, for counting."""
-        window = local.Local(window=min(self.top_k, q_len))
-        return lower.lower(window, q_len=q_len, kv_len=kv_len)
+        return base.window_of(self.top_k, q_len, kv_len)
 
     def chunks(self, k: Float[Array, "B S K H"]) -> Int[Array, "B S"]:
         """The chunk of each key: 0, 1, ..., at most `S / length` of them.

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparse_attn.masks import block_mask, lower
+from sparse_attn.masks import block_mask
 from sparse_attn.ops import best_keys
 from sparse_attn.patterns import base as patterns_base
-from sparse_attn.patterns import local
 from sparse_attn.selection import base
 
 
@@ -54,8 +53,7 @@ class DynamicMask(base.OwnAttention):
 
     def at_most(self, q_len: int, kv_len: int | None = None) -> block_mask.BlockMask:
         """A window with as many keys as a query keeps, for counting."""
-        window = local.Local(window=min(self.top_k, q_len))
-        return lower.lower(window, q_len=q_len, kv_len=kv_len)
+        return base.window_of(self.top_k, q_len, kv_len)
 
     def scores(self, v: Float[Array, "B T K Hv"], params: dict[str, Any]) -> Float[Array, "B T K"]:
         """The score of each key, float32."""

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sparse_attn.masks import block_mask, lower
+from sparse_attn.masks import block_mask
 from sparse_attn.ops import scoring, softmax
 from sparse_attn.ops.token_select import lists
 from sparse_attn.patterns import base as patterns_base
-from sparse_attn.patterns import local
 from sparse_attn.selection import base
 
 
@@ -55,7 +54,7 @@ class Landmark(base.OwnAttention):
         if self.top_k is None:
             return super().at_most(q_len, kv_len)
         keys = (self.top_k + 1) * self.block_kv + q_len // self.block_kv
-        return lower.lower(local.Local(window=min(q_len, keys)), q_len=q_len, kv_len=kv_len)
+        return base.window_of(keys, q_len, kv_len)
 
     def lists(
         self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], *, segment_ids: Any = None

@@ -283,6 +283,17 @@ def test_text_round_trip_and_wrong_fields():
 # --- Memory ---------------------------------------------------------------------------------------
 
 
+def largest_of_gradient(layer, shape, dtype=jnp.float32):
+    """Numbers in the largest array of the program that makes the gradient of the parameters."""
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+
+    def gradient(params, x):
+        return jax.grad(lambda p: layer.apply({"params": p}, x).sum())(params)
+
+    return largest(gradient, params, x)
+
+
 def test_no_array_grows_as_queries_times_keys(monkeypatch):
     from sparse_attn.ops.token_select import by_block, xla
 
@@ -291,16 +302,8 @@ def test_no_array_grows_as_queries_times_keys(monkeypatch):
     rule = nsa.Nsa(block_kv=64, top_k=4, window=64)
     layer = layer_of(rule, heads=2, kv_heads=1)
 
-    def gradient(params, x):
-        return jax.grad(lambda p: layer.apply({"params": p}, x).sum())(params)
-
-    def size(length):
-        x = jax.ShapeDtypeStruct((1, length, 16), jnp.float32)
-        params = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
-        return largest(gradient, params, x)
-
     with tiles.assume(tiles.Target("cpu", "cpu")):
-        small, large = size(1 << 12), size(1 << 15)
+        small, large = (largest_of_gradient(layer, (1, n, 16)) for n in (1 << 12, 1 << 15))
     # Compressed keys see T * S / stride pairs, as lists of blocks of 128 x 128 of them.
     assert large < 8.5 * small
     assert large < (1 << 30) / 50
@@ -312,16 +315,9 @@ def test_128k_tokens_at_the_size_of_a_large_layer():
     rule = nsa.Nsa()
     layer = rule.layer(num_heads=64, num_kv_heads=4, head_dim=128, impl="xla", dtype=jnp.bfloat16)
 
-    def gradient(params, x):
-        return jax.grad(lambda p: layer.apply({"params": p}, x).sum())(params)
-
-    def size(length):
-        x = jax.ShapeDtypeStruct((1, length, 64), jnp.bfloat16)
-        params = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
-        return largest(gradient, params, x)
-
     with tiles.assume(tiles.Target("gpu", "a GPU")):
-        small, large = size(1 << 14), size(1 << 17)
+        shapes = [(1, n, 64) for n in (1 << 14, 1 << 17)]
+        small, large = (largest_of_gradient(layer, x, jnp.bfloat16) for x in shapes)
     # A step has as many numbers whatever the length; each query head alone has 1 << 30 compressed
     # pairs.
     assert large < 1.2 * small

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from sparse_attn.models import transformer
+from sparse_attn.models import dtypes, transformer
 from sparse_attn.ops import tiles
 from sparse_attn.patterns import causal, dilated, local, per_head, per_layer, sinks
 from sparse_attn.train import state
@@ -322,5 +322,5 @@ def test_wrong_fields_are_named(change, message):
 @pytest.mark.parametrize("platform, dtype", [("cpu", "float32"), ("gpu", "bfloat16")])
 def test_auto_computes_in_the_dtype_of_the_device(platform, dtype):
     with tiles.assume(tiles.Target(platform, "any")):
-        assert jnp.dtype(transformer.compute_dtype("auto")) == dtype
-        assert transformer.compute_dtype("float32") is jnp.float32
+        assert jnp.dtype(dtypes.of("auto")) == dtype
+        assert dtypes.of("float32") is jnp.float32

@@ -8,12 +8,11 @@ import hashlib
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from sparse_attn.data import synthetic
+from sparse_attn.data import counted, synthetic
 from sparse_attn.data.synthetic import base
 
 ORDER = 1  # Raised when the same seed would give another order of examples.
@@ -104,7 +103,7 @@ class Drawn:
         return {"name": self.name, "sha256": self.sha256, "chance": self.task.chance}
 
 
-class Batches(Iterator[Batch]):
+class Batches(counted.Batches):
     """Endless batches of new examples; `get_state` is small and JSON, `set_state` goes on exactly.
 
     Batch i holds examples `i * batch_size ...` of the split and seed. It has `inputs`, `targets`
@@ -121,11 +120,13 @@ class Batches(Iterator[Batch]):
     def __init__(self, task: base.Task, *, split: str, seed: int, batch_size: int):
         base.check_at_least(batch_size=(batch_size, 1))
         self._source = base.Source(task, split=split, seed=seed, size=1)
-        self._batch_size, self._step = batch_size, 0
-        self._fingerprint = {
-            "task": repr(task), "split": split, "seed": seed, "batch_size": batch_size,
-            "order": ORDER,
-        }  # fmt: skip
+        self._batch_size = batch_size
+        super().__init__(
+            {
+                "task": repr(task), "split": split, "seed": seed, "batch_size": batch_size,
+                "order": ORDER,
+            }
+        )  # fmt: skip
 
     def __next__(self) -> Batch:
         first = self._step * self._batch_size
@@ -136,16 +137,3 @@ class Batches(Iterator[Batch]):
         batch["segment_ids"] = np.ones(rows, np.int32)
         batch["positions"] = np.broadcast_to(np.arange(rows[1], dtype=np.int32), rows).copy()
         return batch
-
-    def get_state(self) -> dict[str, Any]:
-        """The place in the stream, and what its order depends on."""
-        return {"fingerprint": dict(self._fingerprint), "step": self._step}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on with the batch after the one at which `get_state` was called."""
-        saved = state.get("fingerprint")
-        if saved != self._fingerprint:
-            raise ValueError(
-                f"the data order cannot be resumed: it was {saved} and is now {self._fingerprint}"
-            )
-        self._step = state["step"]

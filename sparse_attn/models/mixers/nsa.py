@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sparse_attn.masks import block_mask, lower
+from sparse_attn.masks import block_mask
 from sparse_attn.models import attention
 from sparse_attn.ops import attend as attend_lib
 from sparse_attn.ops.token_select import attend as select_lib
@@ -116,8 +116,7 @@ class Nsa(base.Selector):
 
     def at_most(self, q_len: int, kv_len: int | None = None) -> block_mask.BlockMask:
         """A window with as many keys as a query reads at most, for counting."""
-        size = min(q_len, self.most_keys(q_len))
-        return lower.lower(local_lib.Local(window=size), q_len=q_len, kv_len=kv_len)
+        return base.window_of(self.most_keys(q_len), q_len, kv_len)
 
     def layer(self, **fields: Any) -> nn.Module:
         """The module, with the fields of `SelfAttention` beside its `pattern`.

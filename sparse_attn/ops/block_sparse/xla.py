@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_attn.masks import block_mask
-from sparse_attn.ops import softmax, tiles
+from sparse_attn.ops import softmax
 from sparse_attn.ops.block_sparse import inputs as inputs_lib
 
 # Elements of one tile of logits: 2 MB in float32, what the caches of two CPU cores hold.
@@ -319,11 +319,6 @@ def _finite(inputs: inputs_lib.Inputs):
     return jnp.where(bad, 0, k), jnp.where(bad, 0, v), bad
 
 
-def _operand_dtype(inputs: inputs_lib.Inputs):
-    # CPUs convert small floats one by one; there it is cheaper to do it once per token.
-    return jnp.float32 if tiles.target().platform == "cpu" else inputs.q.dtype
-
-
 def _logits(inputs, q, k, bias, keys: _Keys):
     """Logits `[part, kv_heads, group, block_q, keys]`, -inf where hidden, and the cap's slope."""
     z = softmax.dot("bkgqh,bkhz->bkgqz", q, k, q.dtype) * inputs.scale
@@ -341,7 +336,7 @@ def forward(inputs: inputs_lib.Inputs) -> tuple[jax.Array, jax.Array]:
 
     A non-finite key or value makes the queries that see it nan, and no other.
     """
-    mask, lay, dtype = inputs.mask, _layout(inputs), _operand_dtype(inputs)
+    mask, lay, dtype = inputs.mask, _layout(inputs), softmax.operand_dtype(inputs.q.dtype)
     k, v, bad = _finite(inputs)
     # A nan key spoils one column of the logits, which is hidden where the key is; values are
     # multiplied by weights of 0 there, so they must be finite.
@@ -404,7 +399,7 @@ def backward(
     dk and dv are summed in place, block by block: a second pass over the columns would be
     deterministic as well, but compute two of five products twice.
     """
-    mask, lay, dtype = inputs.mask, _layout(inputs), _operand_dtype(inputs)
+    mask, lay, dtype = inputs.mask, _layout(inputs), softmax.operand_dtype(inputs.q.dtype)
     # A spoiled row has a nan lse and is finite otherwise: its weights are nan exactly where it
     # sees a key, and 0 elsewhere. Rows that see nothing, and those past the end, get weights of 0.
     spoiled = ~(jnp.isfinite(delta) & jnp.isfinite(inputs.q).all(-1)) | jnp.isnan(lse)
