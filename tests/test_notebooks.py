@@ -12,6 +12,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "experiments/notebooks").glob("*.py"))
+# Trains, so it runs with the slow tests only, in jupyter.
 TRAINS = ROOT / "experiments/notebooks/inspecting_a_run.py"
 
 
@@ -26,15 +27,6 @@ def test_notebook_runs_as_a_script(path):
     finally:
         pyplot.close("all")
         matplotlib.use(before)
-
-
-def test_the_notebook_that_trains_runs_as_a_script(tmp_path):
-    result = subprocess.run(
-        [sys.executable, TRAINS],
-        env=_environment(tmp_path), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "mean distance" in result.stdout
 
 
 def test_the_readme_lists_every_notebook():

@@ -143,7 +143,7 @@ def test_packed_documents_are_as_if_alone():
     [
         dict(vocab_size=384, num_layers=4, embed_dim=160, num_heads=4, head_dim=32),
         dict(vocab_size=384, num_layers=2, embed_dim=32, num_heads=2, dtype="bfloat16"),
-        dict(vocab_size=2000, num_layers=12, embed_dim=512, num_heads=2, output="untied"),
+        dict(vocab_size=2000, num_layers=12, embed_dim=256, num_heads=2, output="untied"),
     ],
     ids=["small", "tiny", "large"],
 )

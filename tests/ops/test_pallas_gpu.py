@@ -152,7 +152,8 @@ def test_uneven_programs_are_shared_out_evenly():
 @pytest.mark.slow
 @pytest.mark.parametrize("blocks", [(64, 128), (128, 64), (256, 256), (192, 32)])
 def test_mask_blocks_and_tiles_are_independent(blocks):
-    case = problems.Case("tiles", problems.blocks(local.Local(window=70), *blocks), q_len=300)
+    mask = problems.blocks(local.Local(window=70), *blocks)
+    case = problems.Case("tiles", mask, q_len=300, heads=1, kv_heads=1)
     contract.check(case, "pallas_gpu")
 
 

@@ -28,7 +28,7 @@ def _cells():
 def test_kernel_runs_the_lists(kernel):
     env = contract.environment(kernel)
     rng = np.random.default_rng(0)
-    length, block = 200, max(64, env.block or 0)
+    length, block = 150, max(64, env.block or 0)
     q, k, v, dout = (
         jnp.asarray(rng.standard_normal((1, length, n, env.head_dim)), env.dtype)
         for n in (4, 2, 2, 4)

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -108,29 +109,41 @@ def selected(length, head_dim):
     return f, (*arrays(length, head_dim), mask)
 
 
+# Mask of every generation with each head_dim, whose lengths take turns: 8k, 128k, 1M of the first.
+MASKS = {
+    "v4": (static, static, documents),
+    "v5e": (documents, static, selected),
+    "v5p": (static, documents, static),
+    "v6e": (documents, static, static),
+}
 FAST = (("v5e", 128, "8k", static), ("v6e", 64, "1M", static), ("v4", 256, "8k", documents))
 
 
 def cells():
-    """Every generation with every head_dim; lengths and masks take turns.
+    """Every pair of generation, head_dim, length and static or run-time lists.
 
     What can fail is memory: VMEM goes by the generation and head_dim, scalar memory by the
     generation, the length and whether the lists are static. So each of those pairs is met; all four
-    together would compile the same kernels three times as often. `selected` meets every generation
-    in test_far_blocks_compile.
+    together would compile the same kernels three times as often. Lists that are made at run time of
+    a million tokens take XLA a minute, whatever the chip: one generation does. `selected` meets
+    every generation in test_far_blocks_compile.
     """
     names = list(LENGTHS)
     drawn = []
     for i, generation in enumerate(GENERATIONS):
         for j, head_dim in enumerate((64, 128, 256)):
-            length = names[(i + j) % 3]
-            # XLA compiles for a minute or more where longer lists are selected.
-            makes = (static, documents, selected if length == "8k" else static)
-            drawn.append((generation, head_dim, length, makes[(i + 2 * j) % 3]))
+            drawn.append((generation, head_dim, names[(i + j) % 3], MASKS[generation][j]))
     for cell in dict.fromkeys([*FAST, *drawn]):
         marks = [] if cell in FAST else [pytest.mark.slow]
         name = "-".join(map(str, (*cell[:3], cell[3].__name__)))
         yield pytest.param(*cell, id=name, marks=marks)
+
+
+def test_every_pair_of_factors_is_a_cell():
+    met = [(*param.values[:3], param.values[3] is static) for param in cells()]
+    factors = (tuple(GENERATIONS), (64, 128, 256), tuple(LENGTHS), (True, False))
+    for a, b in itertools.combinations(range(4), 2):
+        assert {(cell[a], cell[b]) for cell in met} == {*itertools.product(factors[a], factors[b])}
 
 
 @pytest.mark.parametrize("generation, head_dim, length, make", list(cells()))

@@ -97,7 +97,7 @@ def test_drawn_masks_and_documents(block, kind, seed, density, longest):
 @pytest.mark.parametrize(
     "block, kind", [(16, "states"), (32, "bits"), (64, "bits"), (128, "states")]
 )
-@hypothesis.settings(max_examples=30)
+@hypothesis.settings(max_examples=15)
 @hypothesis.given(**_DRAWN)
 def test_many_drawn_masks_and_documents(block, kind, seed, density, longest):
     _check_drawn(seed, block, kind, density, longest)
@@ -166,7 +166,7 @@ def test_drawn_shapes(case):
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=40)
+@hypothesis.settings(max_examples=20)
 @hypothesis.given(cases())
 def test_many_drawn_shapes(case):
     _check_case(case)

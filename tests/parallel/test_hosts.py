@@ -48,7 +48,8 @@ def start(corpus, workdir, *, processes, devices):
         "--config.mesh.axes=data=2,fsdp=2",
         f"--workdir={workdir}",
     ]
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    # Programs that run for milliseconds are not worth optimising.
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     env = os.environ | {
         "XLA_FLAGS": flags,
         "JAX_PLATFORMS": "cpu",

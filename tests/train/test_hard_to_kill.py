@@ -6,6 +6,7 @@ import json
 import pytest
 
 from experiments.hard_to_kill import study
+from sparse_attn.train import exits
 
 
 @pytest.mark.slow
@@ -13,6 +14,10 @@ def test_killed_and_preempted_at_random_moments_it_is_the_same_run(tmp_path):
     result = study.run(tmp_path, kills=2, terms=2, steps=60, seed=1)
     assert (result["kills"], result["terms"]) == (2, 2)
     assert all(d["resumed_step"] == d["durable_step"] for d in result["disturbances"])
+    # A process that was asked to stop saved what it had, and said so by its exit code.
+    stopped = [d for d in result["disturbances"] if d["exit_code"] == exits.ExitCode.PREEMPTED]
+    assert stopped
+    assert all(0 < d["last_step"] == d["durable_step"] < 60 for d in stopped)
 
 
 def test_a_step_that_is_not_restored_and_one_that_differs_are_found(tmp_path):

@@ -177,22 +177,6 @@ def test_killed_and_started_again_is_the_same_run(undisturbed, corpus, tmp_path)
     assert sum(ledger["seconds"].values()) == pytest.approx(summary["wall_seconds"], abs=1)
 
 
-@pytest.mark.slow
-def test_sigterm_saves_and_exits_with_its_code(undisturbed, corpus, tmp_path):
-    workdir = tmp_path / "stopped"
-    process = start(corpus, workdir)
-    wait_for_checkpoint(process, workdir, 10)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=240)[0]
-    assert process.returncode == exits.ExitCode.PREEMPTED, output
-    stopped_at = int(output.split("stopped by SIGTERM after step ")[1].split(";")[0])
-    assert stopped_at < STEPS
-    newest = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
-    assert newest == stopped_at  # Nothing is lost.
-    assert main.train(config_of(corpus), workdir) == exits.ExitCode.FINISHED
-    assert_same_run(workdir, undisturbed)
-
-
 def test_nan_ends_with_its_code_and_a_report(corpus, tmp_path, capsys):
     config = config_of(corpus, optim__lr=1e30, optim__clip_norm=1e30, optim__warmup_steps=3)
     assert main.train(config, tmp_path) == exits.ExitCode.NON_FINITE
