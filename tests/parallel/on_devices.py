@@ -253,7 +253,7 @@ MESHES = (
 SPLITS = (
     ("ring", "text"), ("ring", "zigzag"), ("ulysses", "text"), ("all_gather_kv", "balanced"),
 )  # fmt: skip
-# "documents": causal, in rows of several documents; the others have one document a row.
+# "documents": causal, in rows of several documents; the others have no segment ids.
 VISIBLE = ("causal", "window", "sinks", "per_head", "documents")
 
 
@@ -262,7 +262,6 @@ def model_cases():
     found = []
     for i, axes in enumerate(MESHES):
         for j, name in enumerate(VISIBLE):
-            # Four schemes: "documents" has that of "causal", and with it its program.
             scheme, kind = SPLITS[(i + j) % len(SPLITS)] if "seq" in axes else SPLITS[0]
             quick = (i + 2 * j) % len(MESHES) == 5  # One mesh for each mask.
             marks = () if quick else pytest.mark.slow
@@ -279,7 +278,7 @@ def small(name, **changes):
 def rows_of(name):
     found = batch()
     if name != "documents":
-        found["segment_ids"] = np.ones_like(found["segment_ids"])
+        del found["segment_ids"]
     return found
 
 
