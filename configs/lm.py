@@ -14,7 +14,9 @@ What each size is made for, and a command on each of its hosts:
     python launch.py --config=configs/lm.py:350m,window --config.data.path=TEXT --workdir=runs/350m
     python launch.py --config=configs/lm.py:1.3b,window --config.data.path=TEXT --workdir=runs/1.3b
 
-(with SPARSE_ATTN_HOSTS=auto where there are several). Before, on any machine, the same with
+where TEXT is a file or a folder of text that every host can read (without `--config.data.path` it
+is what the host has installed, see `data/corpus.py`), and with SPARSE_ATTN_HOSTS=auto where there
+are several. Before, on any machine, the same with
 `--dry-run --topology=...` from this table in place of `--workdir=...`:
 
 | size | rows x tokens | topology | mesh | memory a device, window | dense |

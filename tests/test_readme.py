@@ -1,5 +1,6 @@
 """What the README says works: Python runs, commands parse, files and targets exist."""
 
+import json
 import os
 import pathlib
 import re
@@ -7,6 +8,7 @@ import runpy
 import shlex
 import shutil
 
+from experiments.dry_run import study
 from sparse_attn.ops import attend as attend_lib
 from sparse_attn.patterns import base
 from sparse_attn.train import exits
@@ -97,3 +99,11 @@ def test_backends_are_those_of_attend():
 def test_no_command_names_a_missing_file():
     for path in set(re.findall(r"(?:configs|sparse_attn)/[a-z_/]+\.py", README)):
         assert (ROOT / path).is_file() or os.path.basename(path) == "log_sparse.py", path
+
+
+def test_the_dry_run_table_is_the_recorded_one():
+    reports = json.loads(study.RESULTS.read_text())["results"]
+    cases = {(r["case"][1], r["case"][2]) for r in reports if r["case"][0] == "1.3b"}
+    assert cases == {(v, on) for v in ("window", "dense") for on in ("v5e:16x16", "v6e:8x8")}
+    shown = study.readme_table(reports)
+    assert shown in README, "python -m experiments.dry_run.study --table prints it"

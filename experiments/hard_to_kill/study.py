@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import platform
 import random
 import signal
 import subprocess
@@ -22,9 +21,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
+from experiments.kernels import bench
 from sparse_attn.train import checkpoint, digests, exits, metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -252,13 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             seed=args.seed,
         )
     result["seconds"] = round(time.monotonic() - begin, 1)
-    result["machine"] = {
-        "platform": platform.platform(), "cpus": os.cpu_count(), "jax": jax.__version__,
-        "python": platform.python_version(), "load_average": os.getloadavg()[0],
-    }  # fmt: skip
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / "hard_to_kill.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path = bench.write(result, args.output / "hard_to_kill.json")
     print(f"{result['kills']} kills, {result['terms']} preemptions: nothing lost; {path}")
 
 

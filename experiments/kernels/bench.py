@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 _RESULT = "RESULT "
-_PACKAGES = ("jax", "jaxlib", "numpy", "libtpu", "triton", "jax-triton")
+_PACKAGES = ("jax", "jaxlib", "numpy", "orbax-checkpoint", "libtpu", "triton", "jax-triton")
 
 
 class Timing(NamedTuple):

@@ -85,6 +85,7 @@ def report(config: Mapping[str, Any], topology: topology_lib.Topology) -> dict[s
             "devices_there": len(devices),
             "mesh": dict(mesh.shape),
             "sequence": config["mesh"]["sequence"] if mesh.shape["seq"] > 1 else None,
+            "imbalance": tasks.imbalance(task, mesh),
             "estimate": _ESTIMATE if topology.simulated else None,
             "params": state_lib.num_params(state.params),
             "rows": config["data"]["batch_size"],
@@ -265,6 +266,13 @@ def text(found: Mapping[str, Any]) -> str:
         lines.append(
             f"  layers {name:<8}density {'' if token is None else f'{token:.2%} of pairs, '}"
             f"{layer['block_density']:.2%} of blocks: {layer['pattern']}"
+        )
+    if imbalance := found["imbalance"]:
+        taken = found["sequence"].partition(":")[2] or "text"
+        others = ", ".join(f"{x:.2f} {kind}" for kind, x in imbalance.items() if kind != taken)
+        lines.append(
+            f"  attention      busiest of {found['mesh']['seq']} ranks / mean: "
+            f"{imbalance[taken]:.2f} in the order {taken}{f' ({others})' if others else ''}"
         )
     limit = found["limit_bytes"]
     of = "" if limit is None else f" of {limit / _GIB:.1f}"

@@ -45,18 +45,18 @@ def order(
     return tuple(assign(sum(map(costs, masks)), ranks=ranks).ravel().tolist())
 
 
-def costs(mask: block_mask.BlockMask) -> Int[np.ndarray, "rows"]:
-    """Active blocks of every query block, over all tables.
+def costs(mask: block_mask.BlockMask) -> Float[np.ndarray, "rows"]:
+    """Active blocks of every query block, mean over heads: layers have equally many heads.
 
     >>> from sparse_attn.masks import lower
     >>> from sparse_attn.patterns import causal
     >>> costs(lower.lower(causal.Causal(), q_len=8, block_q=2, block_kv=2)).tolist()
-    [1, 2, 3, 4]
+    [1.0, 2.0, 3.0, 4.0]
     """
     weights = np.ones(mask.num_tables, np.int64)
     if mask.head_tables is not None:
         weights = np.bincount(mask.head_tables, minlength=mask.num_tables)
-    return (weights[:, None] * mask.kv_counts[0]).sum(0)
+    return (weights[:, None] * mask.kv_counts[0]).sum(0) / weights.sum()
 
 
 def assign(
@@ -83,8 +83,13 @@ def assign(
     return np.sort(np.array(held), axis=1)
 
 
-def imbalance(mask: block_mask.BlockMask, *, kind: str, ranks: int) -> float:
+def imbalance(masks: Sequence[block_mask.BlockMask], *, kind: str, ranks: int) -> float:
     """Work of the busiest rank over the mean of all: 1.0 is perfect, 2.0 wastes half of the time.
+
+    Args:
+      masks: as `order`; the work is their sum.
+      kind: one of `ORDERS`.
+      ranks: size of the `seq` axis.
 
     Raises:
       ValueError: as `order`, or the query blocks cannot be shared out in chunks.
@@ -92,12 +97,12 @@ def imbalance(mask: block_mask.BlockMask, *, kind: str, ranks: int) -> float:
     >>> from sparse_attn.masks import lower
     >>> from sparse_attn.patterns import causal
     >>> mask = lower.lower(causal.Causal(), q_len=1024, block_q=64, block_kv=64)
-    >>> [round(imbalance(mask, kind=kind, ranks=4), 2) for kind in ORDERS]
+    >>> [round(imbalance([mask], kind=kind, ranks=4), 2) for kind in ORDERS]
     [1.71, 1.0, 1.0]
     """
-    places = order(kind, [mask], ranks=ranks)
+    places = order(kind, masks, ranks=ranks)
     places = range(ranks) if places is None else places
-    work = costs(mask)
+    work = sum(map(costs, masks))
     if len(work) % len(places):
         raise ValueError(f"{len(work)} query blocks must be a multiple of {len(places)} chunks")
     loads = work.reshape(len(places), -1).sum(1)[list(places)].reshape(ranks, -1).sum(1)

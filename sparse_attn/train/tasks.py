@@ -219,12 +219,7 @@ def _on_mesh(model, config, mesh, length):
         return model, None
     scheme, _, kind = config["mesh"]["sequence"].partition(":")
     ranks = mesh.shape["seq"]
-    block = model.config.block or split.block_of(length, chunks=ranks)
-    masks = [
-        lower.lower(pattern, q_len=length, block_q=block, block_kv=block)
-        for pattern in model.config.layer_patterns()
-        if kind == "balanced"
-    ]
+    masks = _layer_masks(model.config, length, chunks=ranks) if kind == "balanced" else []
     order = balance.order(kind or "text", masks, ranks=ranks)
     if order is not None and isinstance(model, vit.VisionTransformer):
         raise ValueError(f"mesh.sequence={config['mesh']['sequence']!r}: images keep their order")
@@ -236,6 +231,37 @@ def _on_mesh(model, config, mesh, length):
         places=None if order is None else tokens.places(length),
     )
     return type(model)(dataclasses.replace(model.config, tokens=tokens)), rows
+
+
+def _layer_masks(model, length, *, chunks):
+    """Of each layer, in blocks that divide each of so many parts of a row."""
+    block = model.block or split.block_of(length, chunks=chunks)
+    patterns_of_layers = model.layer_patterns()
+    found = {
+        pattern: lower.lower(pattern, q_len=length, block_q=block, block_kv=block)
+        for pattern in set(patterns_of_layers)
+    }
+    return [found[pattern] for pattern in patterns_of_layers]
+
+
+def imbalance(task: Text | Images | Synthetic, mesh: jax.sharding.Mesh) -> dict[str, float] | None:
+    """What `balance.imbalance` finds for the layers of a task, by order of the tokens.
+
+    Every order of `balance.ORDERS` that divides the row and that the task may take: images keep the
+    order of the text. None where no token order changes the work: one rank, or "ulysses", whose
+    ranks compute whole rows of some heads.
+    """
+    model, ranks = task.model.config, mesh.shape["seq"]
+    if ranks == 1 or model.tokens.scheme == "ulysses":
+        return None
+    kinds = ("text",) if isinstance(task, Images) else balance.ORDERS
+    found = {}
+    for kind in kinds:
+        chunks = 2 * ranks if kind == "zigzag" else ranks
+        if task.row_tokens % chunks == 0:
+            masks = _layer_masks(model, task.row_tokens, chunks=chunks)
+            found[kind] = balance.imbalance(masks, kind=kind, ranks=ranks)
+    return found
 
 
 def _place(rows: mesh_lib.Batches | None) -> Callable[[state_lib.Batch], state_lib.Batch]:

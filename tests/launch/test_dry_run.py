@@ -112,6 +112,23 @@ def test_flops_and_densities_are_those_of_training():
     assert f"{found['params']:,}" in shown
 
 
+def test_tokens_over_ranks_tell_how_even_the_work_is():
+    done = launch(
+        "--config=configs/quickstart.py:full,tiny", "--config.data.context=512",
+        "--config.model.num_layers=1", "--config.mesh.axes=seq=2",
+        "--config.mesh.sequence=all_gather_kv", "--dry-run", "--topology=cpu:2", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    # Causal, of 8 blocks: 1 + 2 + 3 + 4 on one rank, 5 + 6 + 7 + 8 on the other.
+    assert found["imbalance"] == {"text": 26 / 18, "zigzag": 1.0, "balanced": 1.0}
+    line = "busiest of 2 ranks / mean: 1.44 in the order text (1.00 zigzag, 1.00 balanced)"
+    assert line in dry_run.text(found)
+    in_zigzag = dry_run.text(found | {"sequence": "ring:zigzag"})
+    assert "1.00 in the order zigzag (1.44 text, 1.00 balanced)" in in_zigzag
+    assert "busiest" not in dry_run.text(found | {"imbalance": None})
+
+
 def test_what_does_not_fit_names_buffers_and_flags():
     small = topology.Topology("cpu:1", "cpu", "cpu", 1, memory=100_000)
     found = dry_run.report(tiny(), small)
@@ -146,6 +163,9 @@ def test_every_size_is_recorded_and_fits():
         assert r["command"] == " ".join(study.command(*r["case"]))
         assert r["tokens_per_step"] == config.data.context * config.data.batch_size
         assert r["limit_bytes"] == topology.parse(named).memory
+        if r["sequence"]:
+            taken = r["sequence"].partition(":")[2] or "text"
+            assert r["imbalance"][taken] < 1.05, "configs/lm.py names an order that is even"
     assert study.RESULTS.with_suffix(".md").read_text() == study.table(reports) + "\n"
     for row in study.docstring_rows(reports):
         assert row in lm.__doc__, "python -m experiments.dry_run.study --table prints the rows"

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import re
 
 import pytest
 
@@ -33,9 +34,15 @@ def test_a_step_that_is_not_restored_and_one_that_differs_are_found(tmp_path):
 
 
 def test_the_stored_result_is_of_twenty_kills_and_twenty_preemptions():
-    result = json.loads((study.RESULTS / "hard_to_kill.json").read_text())
+    stored = json.loads((study.RESULTS / "hard_to_kill.json").read_text())
+    result = stored["results"]
     signals = collections.Counter(d["signal"] for d in result["disturbances"])
     assert signals == {"SIGKILL": 20, "SIGTERM": 20}
     for event in result["disturbances"]:
         assert event["resumed_step"] == event["durable_step"]
         assert event["last_step"] - event["durable_step"] <= 2 * result["checkpoint_every"]
+    # What ran can be found again.
+    environment = stored["environment"]
+    assert re.fullmatch("[0-9a-f]{40}", environment["commit"])
+    assert environment["changed_files"] == 0
+    assert {"jax", "orbax-checkpoint"} < environment["packages"].keys()
