@@ -478,7 +478,7 @@ def _dkv(inputs, arrays, schedule):
                         plgpu_compat.wgmma_from_registers(dv_ref, p16, do_tile, staged)
                         return plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
 
-                    # In turn: both at once take the registers that hide latencies (3 to 6 % slower).
+                    # In turn: both at once take registers that hide latencies (3 to 6 % slower).
                     accumulator = plgpu.ACC(shape, jnp.float32)
                     p16, slope = pl.run_scoped(only_s, accumulator)
                     dp = pl.run_scoped(then_dp, accumulator)
