@@ -64,8 +64,12 @@ def time_side_by_side(
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers depend on: device, versions, commit (None outside git), date, load."""
+    """What the numbers depend on: device, versions, commit (None outside git), date, load.
+
+    On a copy of the files without their history, SPARSE_ATTN_COMMIT names the commit they are of.
+    """
     device = jax.devices()[0]
+    given = os.environ.get("SPARSE_ATTN_COMMIT")
     return {
         "device": device.device_kind if device.platform != "cpu" else _cpu_name(),
         "platform": device.platform,
@@ -74,8 +78,8 @@ def environment() -> dict[str, Any]:
         "load": [round(x, 2) for x in os.getloadavg()],
         "python": platform.python_version(),
         "packages": {name: v for name in _PACKAGES if (v := _version(name)) is not None},
-        "commit": _git("rev-parse", "HEAD"),
-        "changed_files": len((_git("status", "--porcelain") or "").splitlines()),
+        "commit": given or _git("rev-parse", "HEAD"),
+        "changed_files": None if given else len((_git("status", "--porcelain") or "").splitlines()),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

@@ -54,14 +54,17 @@ class Clock:
         """Times `fn(*args)` as `<name>_fwd_ms`; returns its result, or None after an error."""
         return self._time(f"{name}_fwd", fn, *args)
 
-    def backward(self, name: str, fn, *floats) -> None:
-        """Times forward and backward together and writes `<name>_bwd_ms`, the difference."""
+    def backward(self, name: str, fn, *floats, others: tuple = ()) -> None:
+        """Times forward and backward together and writes `<name>_bwd_ms`, the difference.
 
-        def both(*floats):
-            out, pull = jax.vjp(fn, *floats)
+        `others` are arguments without gradient: as constants XLA would sort them while compiling.
+        """
+
+        def both(floats, others):
+            out, pull = jax.vjp(lambda *floats: fn(*floats, *others), *floats)
             return pull(jax.tree.map(jnp.ones_like, out))
 
-        self._time(f"{name}_both", both, *floats)
+        self._time(f"{name}_both", both, floats, others)
         found = [self._row.pop(f"{name}_both_ms", None), self._row.get(f"{name}_fwd_ms")]
         if None not in found:
             self._row[f"{name}_bwd_ms"] = found[0] - found[1]
@@ -118,7 +121,7 @@ def selected_attention(clock: Clock, kernel, block, q, k, v, selected) -> None:
         )
 
     clock.forward("attention", attention, q, k, v, selected)
-    clock.backward("attention", lambda q, k, v: attention(q, k, v, selected), q, k, v)
+    clock.backward("attention", attention, q, k, v, others=(selected,))
 
 
 def moba(clock: Clock, sizes, kernel, q, k, v) -> None:
