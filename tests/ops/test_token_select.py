@@ -224,7 +224,9 @@ def test_plan_is_a_stable_sort_in_whole_tiles(monkeypatch):
     plan = jax.tree.map(np.asarray, plans[0])
     for other in plans[1:]:
         jax.tree.map(np.testing.assert_array_equal, plan, jax.tree.map(np.asarray, other))
-    work, starts, counts = map(np.asarray, jax.jit(plan_lib.segments, static_argnums=1)(plans[0], most))
+    work, starts, counts = map(
+        np.asarray, jax.jit(plan_lib.segments, static_argnums=1)(plans[0], most)
+    )
     for b, u in np.ndindex(2, tables):
         key, entry, place = selected[b, :, u].ravel(), plan.entry[b, u], plan.place[b, u].ravel()
         np.testing.assert_array_equal(entry[place[key >= 0]], np.flatnonzero(key >= 0))
@@ -265,7 +267,7 @@ def test_plan_holds_no_array_of_entries_times_blocks():
 
 def test_plan_refuses_what_int32_cannot_count():
     selected = jax.ShapeDtypeStruct((1, 1 << 26, 1, 16), jnp.int32)
-    with pytest.raises(NotImplementedError, match="1073741824 entries .* more than int32 counts"):
+    with pytest.raises(NotImplementedError, match=r"1073741824 entries .* more than int32 counts"):
         jax.eval_shape(lambda s: plan_lib.plan(s, tile=8, blocks=1 << 20), selected)
 
 

@@ -88,7 +88,9 @@ def plan(selected: Int[Array, "B T U n"], *, tile: int, blocks: int) -> Plan:
         listed = key < blocks
         index = jnp.arange(entries, dtype=jnp.int32)
         # Nothing is listed: past the end, and unique as well.
-        place = jnp.where(listed, starts[jnp.minimum(key, blocks - 1)] * tile + number, size + index)
+        place = jnp.where(
+            listed, starts[jnp.minimum(key, blocks - 1)] * tile + number, size + index
+        )
         entry = jnp.full(size, entries, jnp.int32)
         entry = entry.at[place].set(index, mode="drop", unique_indices=True)
         return Plan(entry, place.reshape(length, count), starts, counts, _owners(ends, num_tiles))

@@ -8,6 +8,7 @@ them. Some places of the lists are processed at a time, so that the partial resu
 `_AT_ONCE` numbers.  [arXiv:2508.18224, sec. 3]
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from sparse_attn.ops.token_select import triton_kernels
 
 _LOG2E = 1.4426950408889634
 _MAX_BLOCK = 128
+_SMALL_THINGS = 2048  # Bytes of shared memory for statistics, barriers and sums over rows.
 # Numbers in the partial results of a step: 8 GB in bfloat16.
 _AT_ONCE = 1 << 32
 
@@ -51,10 +53,10 @@ class Sum(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The tile of each kernel."""
+    """The tile of each kernel; None where none fits the device."""
 
-    forward: Tile
-    backward: Tile
+    forward: Tile | None
+    backward: Tile | None
     sum: Sum
 
 
@@ -67,11 +69,11 @@ def check(inputs: inputs_lib.Inputs, kernel: str | None) -> None:
         raise NotImplementedError(
             f"block={inputs.block} must be a multiple of 16 up to {_MAX_BLOCK}; by_block takes any"
         )
-    widest = max(inputs.q.shape[3], inputs.v.shape[3])
-    if _small_memory() and blocks_lib._padded(widest) * inputs.block > 128 * 64:
+    if None in _tiles(inputs):
         raise NotImplementedError(
-            f"block={inputs.block} with head_dim={widest} does not fit the shared memory of "
-            f"{tiles.target().kind}; by_block takes them"
+            f"block={inputs.block} with head_dim={max(inputs.q.shape[3], inputs.v.shape[3])} in "
+            f"{inputs.q.dtype.name} does not fit the shared memory of {tiles.target().kind}; "
+            "by_block takes them"
         )
     _rule(inputs)
 
@@ -83,30 +85,54 @@ def _rule(inputs):
 # --- Tiles ----------------------------------------------------------------------------------------
 
 
-def _small_memory() -> bool:
-    """Whether a program has 99 KiB of shared memory, not 163 or 227."""
-    capability = float(tiles.target().compute_capability)
-    return 8.0 < capability < 9.0 or capability >= 12.0
-
-
 def _tiles(inputs) -> Tiles:
     """Tiles for the device, the dtype, the block and the head dimension."""
+    forward, backward = _preferred(inputs)
+    return Tiles(
+        _fitted(forward, lambda tile: _forward_bytes(inputs, tile)),
+        _fitted(backward, lambda tile: _backward_bytes(inputs, tile)),
+        Sum(512, 8, 4),
+    )
+
+
+def _preferred(inputs) -> tuple[Tile, Tile]:
+    """Tiles of both passes where shared memory does not matter."""
     widest = blocks_lib._padded(max(inputs.q.shape[3], inputs.v.shape[3]))
-    sums = Sum(512, 8, 4)
     if inputs.q.dtype == jnp.float32:
         # Exact float32 products run on the scalar units: small tiles, or registers spill.
         small = Tile(32, 32, 4, 8, 1) if widest <= 128 else Tile(16, 16, 4, 8, 1)
-        return Tiles(small, Tile(16, _MAX_BLOCK, 32, 8, 1), sums)
-    hopper = 9.0 <= float(tiles.target().compute_capability) < 12.0
+        return small, Tile(16, _MAX_BLOCK, 32, 8, 1)
     if widest * inputs.block <= 64 * 64:
-        return Tiles(Tile(128, 64, 4, 4, 2), Tile(64, _MAX_BLOCK, 32, 4, 2), sums)
-    if widest * inputs.block <= 128 * 64:
-        rows = 32 if _small_memory() else 64
-        return Tiles(Tile(128, 64, 4, 8, 2), Tile(rows, _MAX_BLOCK, 32, 8, 2), sums)
+        return Tile(128, 64, 4, 4, 2), Tile(64, _MAX_BLOCK, 32, 4, 2)
     if widest <= 128:
-        rows = 64 if hopper else 32
-        return Tiles(Tile(128, 128, 4, 8, 2), Tile(rows, _MAX_BLOCK, 32, 8, 1 + hopper), sums)
-    return Tiles(Tile(64, 64, 4, 8, 1 + hopper), Tile(16, _MAX_BLOCK, 32, 8, 1), sums)
+        return Tile(128, 128, 4, 8, 2), Tile(64, _MAX_BLOCK, 32, 8, 2)
+    return Tile(64, 64, 4, 8, 2), Tile(32, _MAX_BLOCK, 32, 8, 2)
+
+
+def _fitted(tile: Tile, size: Callable[[Tile], int]) -> Tile | None:
+    """The first of fewer stages and then fewer rows whose `size` in bytes fits the device."""
+    capability = float(tiles.target().compute_capability)
+    limit = 227 if 9.0 <= capability < 12.0 else 163 if capability == 8.0 else 99
+    rows = [tile.rows >> i for i in range(tile.rows.bit_length() - 4)]
+    candidates = [tile._replace(rows=r, stages=s) for r in rows for s in range(tile.stages, 0, -1)]
+    return next((t for t in candidates if size(t) <= limit << 10), None)
+
+
+def _forward_bytes(inputs, tile: Tile) -> int:
+    """Shared memory: queries of each stage, keys and values (of each stage, if in parts)."""
+    h, hv = (blocks_lib._padded(x.shape[3]) for x in (inputs.q, inputs.v))
+    block = blocks_lib._padded(inputs.block)
+    keys = block if block <= tile.keys else tile.keys * tile.stages
+    numbers = tile.rows * tile.stages * h + (h + hv) * keys + tile.rows * hv
+    return numbers * inputs.q.dtype.itemsize + _SMALL_THINGS
+
+
+def _backward_bytes(inputs, tile: Tile) -> int:
+    """Shared memory: keys and values, queries and dout of each stage, ds, and dq in float32."""
+    h, hv = (blocks_lib._padded(x.shape[3]) for x in (inputs.q, inputs.v))
+    block = blocks_lib._padded(inputs.block)
+    numbers = (h + hv) * (block + tile.rows * tile.stages) + block * tile.rows
+    return numbers * inputs.q.dtype.itemsize + tile.rows * h * 4 + _SMALL_THINGS
 
 
 # --- One step: some places of the lists -----------------------------------------------------------
@@ -114,7 +140,7 @@ def _tiles(inputs) -> Tiles:
 
 def _halved(inputs, rows: int):
     """The same with each list told more than once, until its heads fit the rows of a tile."""
-    tables, group, _ = inputs.sizes
+    _, group, _ = inputs.sizes
     times = next(n for n in range(1, group + 1) if group % n == 0 and group // n <= rows)
     return inputs._replace(selected=jnp.repeat(inputs.selected, times, axis=2))
 

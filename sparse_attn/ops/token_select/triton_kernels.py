@@ -53,14 +53,33 @@ def _poisoned(key, bad):
 
 @triton.jit
 @typing.no_type_check
-def _visible(
-    q_at, kv_at, kv_valid, id_q, id_kv, RULE: tl.constexpr, IDS: tl.constexpr
-):  # fmt: skip
+def _visible(q_at, kv_at, kv_valid, id_q, id_kv, RULE: tl.constexpr, IDS: tl.constexpr):
     """Which pairs may attend: all arguments broadcast, so it serves tiles and transposed tiles."""
     visible = RULE(q_at, kv_at, 0) & kv_valid
     if IDS:
         visible = visible & (id_q == id_kv) & (id_q != 0)
     return visible
+
+
+@triton.jit
+@typing.no_type_check
+def _softmax_step(acc, total, top, query, key, value, visible, SCALE: tl.constexpr):
+    """Online softmax over one more tile of keys."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    # The maximum of products is scaled once per row, not once per element, if that is one.
+    FACTOR: tl.constexpr = SCALE * LOG2E if SCALE > 0 else 1.0
+    x = tl.dot(query, tl.trans(key), input_precision="ieee")
+    if SCALE <= 0:
+        x *= SCALE * LOG2E
+    x = tl.where(visible, x, float("-inf"))
+    new_top = tl.maximum(top, tl.max(x, 1) * FACTOR)
+    # A row that has seen nothing yet: -inf - -inf would be nan.
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp2(tl.fma(x, FACTOR, -shift[:, None]))
+    keep = tl.exp2(top - shift)
+    total = total * keep + tl.sum(p, 1)
+    acc = tl.dot(p.to(value.dtype), value, acc * keep[:, None], input_precision="ieee")
+    return acc, total, new_top
 
 
 @triton.jit
@@ -77,8 +96,6 @@ def forward_kernel(
     SUB: tl.constexpr = (BLOCK + KEYS - 1) // KEYS
     GROUP: tl.constexpr = HEADS // TABLES
     ROWS: tl.constexpr = TILE * PADDED
-    # The maximum of products is scaled once per row, not once per element, if that is one.
-    FACTOR: tl.constexpr = SCALE * LOG2E if SCALE > 0 else 1.0
     program = tl.program_id(0).to(tl.int64)
     work += program * 3
     block, first, count = tl.load(work), tl.load(work + 1), tl.load(work + 2)
@@ -92,53 +109,46 @@ def forward_kernel(
     k += (batch * kv_len * KV_HEADS + kv_head) * H
     v += (batch * kv_len * KV_HEADS + kv_head) * HV
     entries += table * num_entries
-    if IDS:
-        q_ids += batch * q_len
-        kv_ids += batch * kv_len
+    q_ids += batch * q_len
+    kv_ids += batch * kv_len
     total_entries = q_len * PLACES
     n = tl.arange(0, KEYS)
-    kv_at = block * BLOCK + n
-    kv_valid = (kv_at < kv_len) & (n < BLOCK)
-    id_q, id_kv = kv_at, kv_at
+    start = block * BLOCK
     if SUB == 1:
-        key, value, bad = _keys(k, v, kv_at, kv_valid, KV_HEADS, H, HV, HP, HVP)
+        kv_valid = (start + n < kv_len) & (n < BLOCK)
+        key, value, bad = _keys(k, v, start + n, kv_valid, KV_HEADS, H, HV, HP, HVP)
         key = _poisoned(key, bad)
-        if IDS:
-            id_kv = tl.load(kv_ids + kv_at, mask=kv_valid, other=0)
+        id_kv = tl.load(kv_ids + start + n, mask=kv_valid, other=0) if IDS else n
     for tile in range(first, first + count):
         entry, head, valid = _rows(entries, tile, total_entries, TILE, GROUP, PADDED)
         token = entry // PLACES
         query = tiles_lib._load_rows(q, token.to(tl.int64) * HEADS + head, valid, H, H, HP)
-        if IDS:
-            id_q = tl.load(q_ids + token, mask=valid, other=0)
+        id_q = tl.load(q_ids + token, mask=valid, other=0) if IDS else token
         acc = tl.zeros([ROWS, HVP], tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         top = tl.full([ROWS], float("-inf"), tl.float32)
-        for sub in tl.static_range(SUB):
-            if SUB > 1:
-                kv_in = sub * KEYS + n
-                kv_at = block * BLOCK + kv_in
-                kv_valid = (kv_at < kv_len) & (kv_in < BLOCK)
-                key, value, bad = _keys(k, v, kv_at, kv_valid, KV_HEADS, H, HV, HP, HVP)
-                key = _poisoned(key, bad)
-                if IDS:
-                    id_kv = tl.load(kv_ids + kv_at, mask=kv_valid, other=0)
-            x = tl.dot(query, tl.trans(key), input_precision="ieee")
-            if SCALE <= 0:
-                x *= SCALE * LOG2E
+        # A program that holds the whole block has no inner loop, so that the outer is pipelined.
+        if SUB == 1:
             visible = _visible(
-                token[:, None], kv_at[None, :], kv_valid[None, :], id_q[:, None], id_kv[None, :],
-                RULE, IDS,
+                token[:, None], (start + n)[None, :], kv_valid[None, :], id_q[:, None],
+                id_kv[None, :], RULE, IDS,
             )  # fmt: skip
-            x = tl.where(visible, x, float("-inf"))
-            new_top = tl.maximum(top, tl.max(x, 1) * FACTOR)
-            # A row that has seen nothing yet: -inf - -inf would be nan.
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-            p = tl.exp2(tl.fma(x, FACTOR, -shift[:, None]))
-            keep = tl.exp2(top - shift)
-            total = total * keep + tl.sum(p, 1)
-            acc = tl.dot(p.to(value.dtype), value, acc * keep[:, None], input_precision="ieee")
-            top = new_top
+            acc, total, top = _softmax_step(acc, total, top, query, key, value, visible, SCALE)
+        else:
+            for sub in range(SUB):
+                kv_in = sub * KEYS + n
+                at = start + kv_in
+                inside = (at < kv_len) & (kv_in < BLOCK)
+                part_k, part_v, bad = _keys(k, v, at, inside, KV_HEADS, H, HV, HP, HVP)
+                part_k = _poisoned(part_k, bad)
+                ids = tl.load(kv_ids + at, mask=inside, other=0) if IDS else n
+                visible = _visible(
+                    token[:, None], at[None, :], inside[None, :], id_q[:, None], ids[None, :],
+                    RULE, IDS,
+                )  # fmt: skip
+                acc, total, top = _softmax_step(
+                    acc, total, top, query, part_k, part_v, visible, SCALE
+                )
         safe = tl.where(total == 0.0, 1.0, total)
         row = entry.to(tl.int64) * HEADS + head
         tiles_lib._store_rows(out, acc / safe[:, None], row, valid, HV, HV, HVP)
@@ -181,10 +191,8 @@ def backward_kernel(
     n = tl.arange(0, KEYS)
     kv_at = block * BLOCK + n
     kv_valid = (kv_at < kv_len) & (n < BLOCK)
-    id_q, id_kv = kv_at, kv_at
-    if IDS:
-        q_ids += batch * q_len
-        id_kv = tl.load(kv_ids + batch * kv_len + kv_at, mask=kv_valid, other=0)
+    q_ids += batch * q_len
+    id_kv = tl.load(kv_ids + batch * kv_len + kv_at, mask=kv_valid, other=0) if IDS else n
     # Who sees a NaN here has one in its lse.
     key, value, _ = _keys(k, v, kv_at, kv_valid, KV_HEADS, H, HV, HP, HVP)
     sum_k = tl.zeros([KEYS, HP], tl.float32)
@@ -196,8 +204,7 @@ def backward_kernel(
         query = tiles_lib._load_rows(q, row, valid, H, H, HP)
         row_lse = tl.load(lse + row, mask=valid, other=float("inf"))[None, :]
         row_delta = tl.load(delta + row, mask=valid, other=0.0)[None, :]
-        if IDS:
-            id_q = tl.load(q_ids + token, mask=valid, other=0)
+        id_q = tl.load(q_ids + token, mask=valid, other=0) if IDS else token
         # Transposed, so that dk and dv take p and ds as they lie in registers.
         s = tl.dot(key, tl.trans(query), input_precision="ieee")
         visible = _visible(
