@@ -145,6 +145,11 @@ def _halved(inputs, rows: int):
     return inputs._replace(selected=jnp.repeat(inputs.selected, times, axis=2))
 
 
+def _padded_group(group: int) -> int:
+    """Rows of an entry in a tile."""
+    return 1 << (group - 1).bit_length()
+
+
 def _steps(inputs):
     """The lists in `[steps, B, T, U, places]`, so that partial results stay small."""
     batch, length, heads, width = inputs.q.shape
@@ -173,8 +178,8 @@ def _launch(kernel, inputs, selected, tile: Tile, keys: int, arrays, outputs) ->
     tables, group, _ = inputs.sizes
     batch, q_len, heads, width = inputs.q.shape
     kv_len, kv_heads, v_width = inputs.v.shape[1:]
-    padded = 1 << (group - 1).bit_length()
-    size = max(1, tile.rows // padded)
+    padded = _padded_group(group)
+    size = tile.rows // padded
     blocks = -(-kv_len // inputs.block)
     plan = plan_lib.plan(selected, tile=size, blocks=blocks)
     segments = plan_lib.segments(plan, tile.tiles)
