@@ -1,7 +1,7 @@
 """Times MoBA and NSA, stage by stage, beside dense causal attention of cuDNN.
 
     python -m experiments.selection.gpu_bench [--out DIR] [--lengths N ...] [--only moba nsa]
-                                              [--kernel NAME] [--best sort] [--tiny]
+                                              [--impl NAME] [--kernel NAME] [--best sort] [--tiny]
 
 Every stage is a program of its own; arrays are bfloat16 and random, so neighbouring queries choose
 unlike blocks, which is the hardest case for packing them. Backward = both passes minus forward.
@@ -14,7 +14,7 @@ import argparse
 import functools
 import pathlib
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from sparse_attn.ops import attend as attend_lib
 from sparse_attn.ops import scoring
 from sparse_attn.ops.token_select import attend as select_lib
 from sparse_attn.ops.token_select import by_block, compress, lists
+from sparse_attn.ops.token_select import plan as plan_lib
 from sparse_attn.patterns import causal, local
 
 LENGTHS = (8192, 32768, 65536)
@@ -49,6 +50,10 @@ class Clock:
 
     def __init__(self, row: dict[str, Any]):
         self._row = row
+
+    def note(self, name: str, value: Any) -> None:
+        """Writes a fact into the row."""
+        self._row[name] = value
 
     def forward(self, name: str, fn, *args) -> Any:
         """Times `fn(*args)` as `<name>_fwd_ms`; returns its result, or None after an error."""
@@ -103,28 +108,54 @@ def dense(clock: Clock, q, k, v) -> None:
     clock.backward("dense", attention, q, k, v)
 
 
-def selected_attention(clock: Clock, kernel, block, q, k, v, selected) -> None:
-    """Attention by lists, and the sorting of lists that is part of it."""
+class Backend(NamedTuple):
+    """What runs: `ops.attend` on `kernel`, lists on `impl`, which is None for the best one."""
+
+    impl: str | None
+    kernel: str | None
+
+    @property
+    def for_lists(self) -> dict[str, str | None]:
+        return {"impl": self.impl, "kernel": self.kernel if self.impl == "by_block" else None}
+
+
+def plans(inputs, name: str):
+    """All plans of a call on backend `name`; None for one that makes none."""
+    if name == "by_block":
+        shape = by_block._Shape.of(inputs)
+        steps, tile = by_block._steps(inputs, shape), shape.tile
+    elif name == "triton_gpu":
+        from sparse_attn.ops.token_select import triton_gpu  # Triton need not be installed.
+
+        rows = triton_gpu._tiles(inputs).forward.rows
+        inputs = triton_gpu._halved(inputs, rows)
+        steps, tile = triton_gpu._steps(inputs), rows // triton_gpu._padded_group(inputs.sizes[1])
+    else:
+        return None
+    blocks = -(-inputs.k.shape[1] // inputs.block)
+    return jax.lax.map(lambda step: plan_lib.plan(step, tile=tile, blocks=blocks), steps)
+
+
+def selected_attention(clock: Clock, backend: Backend, block, q, k, v, selected) -> None:
+    """Attention by lists, and the ordering of entries by block that is part of it."""
     inputs = select_lib.validate(q, k, v, selected, block, CAUSAL, None, None)
-    shape = by_block._Shape.of(inputs)
+    name = select_lib._choose(inputs, **backend.for_lists).__name__.rsplit(".", 1)[-1]
+    clock.note("impl", name)
 
     def plan(selected):
-        inputs = select_lib.validate(q, k, v, selected, block, CAUSAL, None, None)
-        steps = by_block._steps(inputs, shape)
-        return jax.lax.map(lambda s: by_block._plan(s, shape, -(-k.shape[1] // block)), steps)
+        return plans(select_lib.validate(q, k, v, selected, block, CAUSAL, None, None), name)
 
-    clock.forward("plan", plan, selected)
+    if name in ("by_block", "triton_gpu"):
+        clock.forward("plan", plan, selected)
 
     def attention(q, k, v, selected):
-        return select_lib.attend(
-            q, k, v, selected=selected, block=block, impl="by_block", kernel=kernel
-        )
+        return select_lib.attend(q, k, v, selected=selected, block=block, **backend.for_lists)
 
     clock.forward("attention", attention, q, k, v, selected)
     clock.backward("attention", attention, q, k, v, others=(selected,))
 
 
-def moba(clock: Clock, sizes, kernel, q, k, v) -> None:
+def moba(clock: Clock, sizes, backend: Backend, q, k, v) -> None:
     """Mixture of block attention: scoring, selection, attention."""
     block, blocks = sizes["block"], -(-k.shape[1] // sizes["block"])
 
@@ -141,12 +172,12 @@ def moba(clock: Clock, sizes, kernel, q, k, v) -> None:
     clock.forward("scoring", score, q, k)
     selected = clock.forward("scoring_and_selection", choose, q, k)
     if selected is not None:
-        selected_attention(clock, kernel, block, q, k, v, selected)
+        selected_attention(clock, backend, block, q, k, v, selected)
 
 
-def nsa(clock: Clock, sizes, kernel, q, k, v) -> None:
+def nsa(clock: Clock, sizes, backend: Backend, q, k, v) -> None:
     """Native sparse attention with mean compression: three branches, scoring and selection."""
-    strides = compress.Strides(sizes["size"], sizes["stride"])
+    strides, kernel = compress.Strides(sizes["size"], sizes["stride"]), backend.kernel
     names = {"block": sizes["block"], "top_k": sizes["top_k"]}
 
     def mean(x):
@@ -184,20 +215,20 @@ def nsa(clock: Clock, sizes, kernel, q, k, v) -> None:
     clock.forward("scoring", score, q, k, lse)
     selected = clock.forward("scoring_and_selection", choose, q, k, lse)
     if selected is not None:
-        selected_attention(clock, kernel, names["block"], q, k, v, selected)
+        selected_attention(clock, backend, names["block"], q, k, v, selected)
 
 
 METHODS = {"moba": (MOBA, moba), "nsa": (NSA, nsa)}
 
 
-def error_on_a_short_row(sizes, kernel) -> float | str:
+def error_on_a_short_row(sizes, backend: Backend) -> float | str:
     """Largest difference to the dense definition, of lists drawn at random."""
     q, k, v = arrays(sizes, 1000)
     shape = (1, 1000, sizes["kv_heads"], sizes["top_k"])
     selected = jax.random.randint(jax.random.key(1), shape, 0, -(-1000 // sizes["block"]))
     options = {"selected": selected, "block": sizes["block"]}
     try:
-        got = select_lib.attend(q, k, v, impl="by_block", kernel=kernel, **options)
+        got = select_lib.attend(q, k, v, **backend.for_lists, **options)
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:500]}"
     floats = [x.astype(jnp.float32) for x in (q, k, v)]
@@ -237,6 +268,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--lengths", nargs="+", type=int, help="tokens")
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     on_gpu = jax.default_backend() == "gpu"
+    parser.add_argument("--impl", choices=select_lib.BACKENDS, help="backend of the lists")
     parser.add_argument(
         "--kernel", default="pallas_gpu" if on_gpu else None, help="backend of `ops.attend`"
     )
@@ -247,12 +279,13 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     options = parser.parse_args(arguments)
     if options.best is not None:
         lists._ONE_BY_ONE[jax.default_backend()] = options.best == "max"
+    backend = Backend(options.impl, options.kernel)
     lengths = options.lengths or ((256,) if options.tiny else LENGTHS)
     rows: list[dict[str, Any]] = []
     for name in options.only:
         sizes, method = METHODS[name]
         sizes = TINY[name] if options.tiny else sizes
-        error = error_on_a_short_row(sizes, options.kernel)
+        error = error_on_a_short_row(sizes, backend)
         for length in lengths:
             print(f"{name} {length}", flush=True)
             row = {"method": name, "length": length, "kernel": options.kernel, **sizes}
@@ -260,7 +293,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             row["error"] = error
             clock, (q, k, v) = Clock(row), arrays(sizes, length)
             dense(clock, q, k, v)
-            method(clock, sizes, options.kernel, q, k, v)
+            method(clock, sizes, backend, q, k, v)
             totals(row)
             rows.append(row)
             # After every row: a run that is cut off keeps what it has.

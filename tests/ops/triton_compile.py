@@ -2,6 +2,7 @@
 decided once per process.
 
     TRITON_INTERPRET=0 python -m tests.ops.triton_compile '{"capability": "9.0", "head_dim": 64}'
+    TRITON_INTERPRET=0 python -m tests.ops.triton_compile '{"capability": "9.0", "group": 16}'
 
 Prints one JSON line per kernel: its name, shared memory (bytes) and matrix instructions.
 """
@@ -19,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from sparse_attn import attend
 from sparse_attn.masks import block_mask
 from sparse_attn.ops import tiles
+from sparse_attn.ops.token_select import attend as select_lib
 from sparse_attn.patterns import causal, local
 
 _TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32", "uint8": "u8"}
@@ -69,20 +71,36 @@ def compile_cell(
             "sink_logits": jnp.zeros(heads),
             "logits_soft_cap": 30.0,
         }
-    shapes = [
-        (1, length, heads, head_dim),
-        (1, length, kv_heads, head_dim),
-        (1, length, kv_heads, v_head_dim or head_dim),
-    ]
-    arrays = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes]
     call = functools.partial(attend, mask=masks[mask], impl="triton_gpu", **options)
+    _compile(call, capability, length, (heads, kv_heads), (head_dim, v_head_dim), dtype)
+
+
+def compile_lists(
+    capability, group, head_dim=128, block=64, tables=1, dtype="bfloat16", documents=False,
+    v_head_dim=None,
+):  # fmt: skip
+    """Compiles the kernels of one call of `token_select` and of its gradient; `group` heads of
+    each list, and `tables` lists of each of two KV heads."""
+    length = 300
+    ids = jnp.ones((1, length), jnp.int32) if documents else None
+    call = functools.partial(
+        select_lib.attend, selected=jnp.zeros((1, length, 2 * tables, 3), jnp.int32), block=block,
+        segment_ids=ids, impl="triton_gpu",
+    )  # fmt: skip
+    _compile(call, capability, length, (2 * tables * group, 2), (head_dim, v_head_dim), dtype)
+
+
+def _compile(call, capability, length, heads, dims, dtype):
+    width, v_width = dims[0], dims[1] or dims[0]
+    shapes = [(1, length, n, d) for n, d in zip((*heads, heads[1]), (width, width, v_width))]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes]
     sys.modules["jax_triton"] = sys.modules[__name__]
     with tiles.assume(tiles.Target("gpu", "assumed", capability)):
         jax.eval_shape(
-            lambda *x: jax.vjp(call, *x)[1](jnp.zeros((*shapes[0][:3], shapes[2][3]), dtype)),
-            *arrays,
+            lambda *x: jax.vjp(call, *x)[1](jnp.zeros((*shapes[0][:3], v_width), dtype)), *arrays
         )
 
 
 if __name__ == "__main__":
-    compile_cell(**json.loads(sys.argv[1]))
+    cell = json.loads(sys.argv[1])
+    (compile_lists if "group" in cell else compile_cell)(**cell)

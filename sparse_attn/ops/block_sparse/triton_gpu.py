@@ -1,7 +1,7 @@
 """Backend for NVIDIA GPUs from Ampere on: the kernels of `triton_kernels.py` through jax-triton."""
 
 import importlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,12 @@ class Tiles(NamedTuple):
 
 def check(inputs: inputs_lib.Inputs) -> None:
     """Raises NotImplementedError(reason) for what this backend cannot do."""
+    check_device(inputs)
+    _rule(inputs)
+
+
+def check_device(inputs: Any) -> None:
+    """The part of `check` about the device and the head dimensions of `inputs.q`, `inputs.v`."""
     target = tiles.target()
     if target.platform != "gpu" or target.compute_capability is None:
         raise NotImplementedError(f"needs an NVIDIA GPU, the target is {target.kind}")
@@ -45,7 +51,6 @@ def check(inputs: inputs_lib.Inputs) -> None:
     if widest > _MAX_HEAD_DIM:
         raise NotImplementedError(f"head_dim={widest} is over {_MAX_HEAD_DIM}")
     _jax_triton()
-    _rule(inputs)
 
 
 def forward(inputs: inputs_lib.Inputs) -> tuple[jax.Array, jax.Array]:

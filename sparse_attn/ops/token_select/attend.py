@@ -9,12 +9,16 @@ from jaxtyping import Array, Float, Int
 
 from sparse_attn.masks import block_mask
 from sparse_attn.ops import attend as attend_lib
-from sparse_attn.ops import softmax
+from sparse_attn.ops import softmax, tiles
 from sparse_attn.ops.token_select import inputs as inputs_lib
 from sparse_attn.patterns import base, causal
 
-BACKENDS = ("reference", "xla", "by_block")
-_PREFERENCE = ("by_block", "xla")
+BACKENDS = ("reference", "xla", "by_block", "triton_gpu")
+_PREFERENCE = {
+    "cpu": ("by_block", "xla"),
+    "gpu": ("triton_gpu", "by_block", "xla"),
+    "tpu": ("by_block", "xla"),
+}
 CAUSAL = causal.Causal()
 
 
@@ -50,7 +54,8 @@ def attend(
       scale: factor of the logits; default `H ** -0.5`.
       return_lse: also return the logarithm of the softmax denominators, for `merge_lse`.
       impl: "reference", "xla" (gathers keys), "by_block" (gathers queries; a kernel of
-        `ops.block_sparse` runs them), or None for the first that takes the arguments.
+        `ops.block_sparse` runs them), "triton_gpu" (its kernels gather queries), or None for the
+        best that takes the arguments.
       kernel: the backend of `ops.attend` under "by_block"; None = the best one here.
 
     Returns:
@@ -76,11 +81,18 @@ def attend(
 def backend_of(impl: str | None) -> dict[str, str | None]:
     """`impl` and `kernel` here for a layer whose other attention runs on backend `impl`.
 
+    A layer on the kernels of a GPU takes the best there is for lists; elsewhere they refuse.
+
     >>> backend_of("pallas_gpu"), backend_of("reference")
     ({'impl': 'by_block', 'kernel': 'pallas_gpu'}, {'impl': 'reference', 'kernel': None})
+    >>> with tiles.assume(tiles.Target("gpu", "NVIDIA H100", "9.0")):
+    ...     backend_of("pallas_gpu")
+    {'impl': None, 'kernel': None}
     """
     if impl in (None, "reference"):
         return {"impl": impl, "kernel": None}
+    if impl in ("pallas_gpu", "triton_gpu") and tiles.target().platform == "gpu":
+        return {"impl": None, "kernel": None}
     return {"impl": "by_block", "kernel": impl}
 
 
@@ -141,11 +153,11 @@ def _choose(inputs, impl, kernel):
     if impl is not None and impl not in BACKENDS:
         raise ValueError(f"impl={impl!r} must be None or one of {', '.join(BACKENDS)}")
     refusals = []
-    for name in _PREFERENCE if impl is None else (impl,):
-        module = importlib.import_module(f"sparse_attn.ops.token_select.{name}")
+    for name in _PREFERENCE[tiles.target().platform] if impl is None else (impl,):
         try:
+            module = importlib.import_module(f"sparse_attn.ops.token_select.{name}")
             module.check(inputs, kernel)
-        except NotImplementedError as error:
+        except (NotImplementedError, ImportError) as error:  # Triton need not be installed.
             refusals.append(f"impl={name!r}: {error}")
             continue
         return module

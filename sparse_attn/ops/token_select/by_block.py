@@ -1,6 +1,6 @@
 """Keys stay, queries come: every block of keys takes the queries that list it, in dense tiles.
 
-Entries (a query and one of its blocks) are sorted by block and padded to whole tiles per block.
+Entries (a query and one of its blocks) are put in order of blocks, in whole tiles (`plan.py`).
 Tiles of gathered queries then are the rows of a run-time `BlockMask` with one block each, which any
 backend of `ops.block_sparse` executes; its columns, the tiles of a block, are what dk and dv sum
 over. Partial results meet by their log-sum-exp. Query heads that share a list lie side by side in
@@ -12,7 +12,7 @@ processed at a time, so that the copies of queries and outputs stay within `_AT_
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from sparse_attn.ops import attend as attend_lib
 from sparse_attn.ops import tiles
 from sparse_attn.ops.block_sparse import inputs as blocks_lib
 from sparse_attn.ops.token_select import inputs as inputs_lib
+from sparse_attn.ops.token_select import plan as plan_lib
 from sparse_attn.patterns import causal, chunked, full
 
 # Numbers in the gathered queries of a step: 2 GB in bfloat16 on a GPU.
@@ -61,7 +62,8 @@ class _Shape(NamedTuple):
         unit = math.lcm(64, group)
         tile = -(-_ROWS // unit) * unit // group
         blocks = -(-inputs.k.shape[1] // inputs.block)
-        return cls(places, steps, tile, blocks + -(-length * places // tile))
+        most = plan_lib.most_tiles(length * places, tile=tile, blocks=blocks)
+        return cls(places, steps, tile, most)
 
 
 # --- The two kinds of parts -----------------------------------------------------------------------
@@ -92,63 +94,13 @@ def _own(inputs):
     return jnp.repeat(listed, group, axis=2)
 
 
-class _Plan(NamedTuple):
-    """Where the entries of one step lie: all int32, for each batch entry and table.
-
-    Attributes:
-      token: `[B, U, tiles * tile]`, the query of each place; T for padding.
-      place: `[B, U, T, places]`, the place of each entry; one past the end where nothing is
-        listed.
-      starts, counts: `[B, U, blocks]`, the tiles of each block.
-      block: `[B, U, tiles]`, the block of each tile; `blocks` for tiles without entries.
-    """
-
-    token: Any
-    place: Any
-    starts: Any
-    counts: Any
-    block: Any
-
-
-def _plan(selected, shape: _Shape, blocks: int) -> _Plan:
-    """Sorts the entries of `selected [B, T, U, places]`, -1 = none."""
-    size = shape.tiles * shape.tile
-
-    def one(selected):
-        length, places = selected.shape
-        key, order = _sorted(jnp.where(selected < 0, blocks, selected).ravel(), blocks)
-        first = jnp.searchsorted(key, jnp.arange(blocks + 1), side="left").astype(jnp.int32)
-        counts = -(-(first[1:] - first[:-1]) // shape.tile)
-        ends = jnp.cumsum(counts)
-        starts = ends - counts
-        of = jnp.minimum(key, blocks - 1)
-        at = starts[of] * shape.tile + jnp.arange(key.size, dtype=jnp.int32) - first[of]
-        at = jnp.where(key < blocks, at, size)
-        token = jnp.full(size, length, jnp.int32).at[at].set(order // places, mode="drop")
-        place = jnp.zeros(key.size, jnp.int32).at[order].set(at, unique_indices=True)
-        tile = jnp.searchsorted(ends, jnp.arange(shape.tiles), side="right").astype(jnp.int32)
-        return _Plan(token, place.reshape(length, places), starts, counts, tile)
-
-    return jax.vmap(jax.vmap(one))(selected.swapaxes(1, 2))
-
-
-def _sorted(key, most):
-    """Keys of 0 .. most in order and where they were; one number each where both fit into it."""
-    size = key.size
-    if (most + 1) * size > jnp.iinfo(jnp.int32).max:
-        order = jnp.argsort(key, stable=True).astype(jnp.int32)
-        return key[order], order
-    packed = jnp.sort(key * size + jnp.arange(size, dtype=jnp.int32))
-    return packed // size, packed % size
-
-
 def _empty_plan(inputs, shape, blocks):
     lead = (inputs.q.shape[0], inputs.sizes[0])
     sizes = (
         (shape.tiles * shape.tile,), (inputs.q.shape[1], shape.places), (blocks,), (blocks,),
         (shape.tiles,),
     )  # fmt: skip
-    return _Plan(*(jnp.zeros((*lead, *s), jnp.int32) for s in sizes))
+    return plan_lib.Plan(*(jnp.zeros((*lead, *s), jnp.int32) for s in sizes))
 
 
 def _as_blocks(inputs, shape, plan):
@@ -186,7 +138,7 @@ def _as_blocks(inputs, shape, plan):
     return _inputs(_to_entries(inputs.q, plan, inputs), inputs, mask, ids)
 
 
-def _to_entries(x, plan: _Plan, inputs, fill=0):
+def _to_entries(x, plan: plan_lib.Plan, inputs, fill=0):
     """`[B, T, N, ..]` at the places, `[B, places * G, U, ..]`; `fill` where nothing is."""
     tables, group, _ = inputs.sizes
     x = x.reshape(*x.shape[:2], tables, group, *x.shape[3:])
@@ -194,13 +146,14 @@ def _to_entries(x, plan: _Plan, inputs, fill=0):
     def take(x, token):
         return x.at[token].get(mode="fill", fill_value=fill)
 
-    x = jax.vmap(jax.vmap(take, in_axes=(1, 0), out_axes=1))(x, plan.token)
+    token = plan.entry // plan.place.shape[3]  # Padding is past the last token.
+    x = jax.vmap(jax.vmap(take, in_axes=(1, 0), out_axes=1))(x, token)
     # [B, places, U, G, ..] to rows of places times heads.
     x = jnp.moveaxis(x, 3, 2)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _from_entries(x, plan: _Plan, inputs, fill=0):
+def _from_entries(x, plan: plan_lib.Plan, inputs, fill=0):
     """The inverse: `[B, T, N, places, ..]` from `[B, places * G, U, ..]`."""
     _, group, _ = inputs.sizes
     x = x.reshape(x.shape[0], -1, group, *x.shape[2:])
@@ -288,7 +241,7 @@ def forward(inputs: inputs_lib.Inputs, kernel: str | None = None) -> tuple[jax.A
     out = jnp.where(own[..., None], out, 0).astype(jnp.float32)
 
     def step(carry, selected):
-        plan = _plan(selected, shape, blocks)
+        plan = plan_lib.plan(selected, tile=shape.tile, blocks=blocks)
         outs, lses = _forward(_as_blocks(inputs, shape, plan), kernel)
         pieces = _from_entries(outs, plan, inputs), _from_entries(lses, plan, inputs, -jnp.inf)
         return _merge(*carry, *pieces), None
@@ -320,7 +273,7 @@ def backward(
     )  # fmt: skip
 
     def step(sums, selected):
-        plan = _plan(selected, shape, blocks)
+        plan = plan_lib.plan(selected, tile=shape.tile, blocks=blocks)
         dq, dk, dv = grads(
             _as_blocks(inputs, shape, plan),
             _to_entries(lse, plan, inputs, -jnp.inf),

@@ -1,0 +1,240 @@
+"""Checks the kernels for lists of blocks on an NVIDIA GPU at real sizes, against float32.
+
+    python -m experiments.selection.gpu_check [--out DIR] [--only NAME ...] [--tiny]
+
+Forward, lse and all gradients of lists drawn at random (the first block and the own one in every
+list, blocks listed again, after the query, and none), lengths that are multiples of nothing, and
+repeats that must agree bit by bit. The reference is dense: the heads of one list and some queries
+at a time. Ends with the number of failed cases; the results file has the errors of each. `--tiny`
+has small sizes, for an interpreter.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.kernels import bench
+from sparse_attn.ops import softmax
+from sparse_attn.ops.token_select import attend as select_lib
+from sparse_attn.ops.token_select import triton_gpu
+from sparse_attn.patterns import base, causal, full, local
+
+REPEATS = 5
+CAUSAL = causal.Causal()
+# Relative errors allowed (Frobenius norm): a few roundings of the inputs' type.
+ALLOWED = {"bfloat16": 1e-2, "float16": 1.5e-3, "float32": 2e-5}
+_QUERIES = 512  # Of the reference at a time.
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One call: `tables` lists of `count` blocks; `at_once` is None for the backend's own."""
+
+    name: str
+    length: int = 4133
+    kv_len: int | None = None
+    heads: int = 16
+    kv_heads: int = 16
+    tables: int = 16
+    block: int = 128
+    count: int = 9
+    dims: tuple[int, int] = (128, 128)
+    dtype: str = "bfloat16"
+    batch: int = 1
+    documents: bool = False
+    pattern: base.Pattern = CAUSAL
+    at_once: int | None = None
+
+    @property
+    def keys(self) -> int:
+        return self.length if self.kv_len is None else self.kv_len
+
+
+_NSA = {"heads": 64, "kv_heads": 4, "tables": 4, "block": 64, "count": 16}
+CHECKS = (
+    Check("nsa", **_NSA),
+    Check("moba"),
+    Check("moba, grouped queries", kv_heads=4),
+    Check("tables between", heads=32, kv_heads=2, tables=8, count=5, batch=2),
+    Check("nsa, documents", **_NSA, documents=True),
+    Check("moba, documents", documents=True, batch=2),
+    Check("nsa, float16", **_NSA, dtype="float16"),
+    Check("nsa, some places at a time", **_NSA, at_once=1 << 27),
+    Check("all heads in one list", heads=96, kv_heads=1, tables=1, block=64, count=8),
+    Check("group of three", length=2089, heads=6, kv_heads=2, tables=2, block=48),
+    Check("narrow heads", heads=32, kv_heads=4, tables=4, dims=(64, 64), block=64),
+    Check("unlike heads", heads=8, kv_heads=4, tables=4, dims=(192, 128), block=64),
+    Check("wide heads", length=2089, heads=8, kv_heads=2, tables=2, dims=(256, 256), block=64),
+    Check("odd heads", length=2089, heads=8, kv_heads=2, tables=2, dims=(80, 48), block=32),
+    Check("two-sided", length=2089, pattern=full.Full()),
+    Check("window", length=2089, pattern=local.Local(window=300)),
+    Check("fewer keys", kv_len=1037, pattern=full.Full()),
+    Check("more keys", length=1037, kv_len=4133),
+    Check("float32", length=1037, heads=8, kv_heads=2, tables=2, block=64, dtype="float32"),
+    Check("one query", length=1, kv_len=300, pattern=full.Full()),
+)  # fmt: skip
+TINY = (
+    Check("nsa", 37, None, 8, 2, 2, 16, 4, (16, 24), "float32", at_once=1 << 13, documents=True),
+    Check("moba", 37, None, 2, 2, 2, 32, 3, (16, 16)),
+)
+
+
+def inputs_of(check: Check) -> tuple[dict[str, Any], Any, Any]:
+    """Arguments of `attend`, and the cotangents of out and lse."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape, dtype=check.dtype):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    q = normal(check.batch, check.length, check.heads, check.dims[0])
+    k, v = (normal(check.batch, check.keys, check.kv_heads, width) for width in check.dims)
+    size = (check.batch, check.length, check.tables, check.count)
+    selected = rng.integers(-1, -(-check.keys // check.block) + 1, size)
+    selected[..., 0] = 0
+    selected[..., 1] = (np.arange(check.length) // check.block)[:, None]
+    ids = None
+    if check.documents:
+        ids = np.sort(rng.integers(1, 7, (check.batch, check.length)), axis=1)
+        ids[:, -check.length // 40 :] = 0
+        ids = jnp.asarray(ids, jnp.int32)
+    arguments = {
+        "q": q, "k": k, "v": v, "selected": jnp.asarray(selected, jnp.int32), "segment_ids": ids
+    }  # fmt: skip
+    dout = normal(check.batch, check.length, check.heads, check.dims[1])
+    return arguments, dout, normal(check.batch, check.length, check.heads, dtype="float32")
+
+
+def program(check: Check, arguments, dout, dlse):
+    """A call without arguments: out, lse and gradients."""
+
+    @jax.jit
+    def run(floats, others):
+        def f(q, k, v):
+            out, lse = select_lib.attend(
+                q, k, v, **others, block=check.block, pattern=check.pattern, return_lse=True,
+                impl="triton_gpu",
+            )  # fmt: skip
+            return out.astype(jnp.float32), lse
+
+        (out, lse), pull = jax.vjp(f, *floats)
+        # An empty row's lse is -inf, and its cotangent means nothing.
+        grads = pull((dout.astype(jnp.float32), jnp.where(lse == -jnp.inf, 0, dlse)))
+        return {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
+
+    floats = tuple(arguments[n] for n in "qkv")
+    others = {n: arguments[n] for n in ("selected", "segment_ids")}
+    return functools.partial(run, floats, others)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _dense(scale, q, k, v, seen, dout, dlse):
+    """Some queries `[C, G, H]` of one list and all of its keys `[S, H]`, in float32."""
+
+    def f(q, k, v):
+        logits = jnp.einsum("cgh,sh->cgs", q, k, precision="highest") * scale
+        weights, lse = softmax.masked(logits, seen[:, None])
+        return jnp.einsum("cgs,sh->cgh", weights, v, precision="highest"), lse
+
+    (out, lse), pull = jax.vjp(f, *(x.astype(jnp.float32) for x in (q, k, v)))
+    dlse = jnp.where(lse == -jnp.inf, 0, dlse)
+    return out, lse, *pull((dout.astype(jnp.float32), dlse))
+
+
+def reference(check: Check, arguments, dout, dlse) -> dict[str, np.ndarray]:
+    """The same as `program`, dense."""
+    q, k, v, selected, ids = (arguments[n] for n in ("q", "k", "v", "selected", "segment_ids"))
+    selected = np.asarray(selected)
+    group, shared = check.heads // check.tables, check.tables // check.kv_heads
+    names = ("out", "lse", "dq", "dk", "dv")
+    shapes = (dout.shape, dlse.shape, q.shape, k.shape, v.shape)
+    total = {name: np.zeros(shape) for name, shape in zip(names, shapes, strict=True)}
+    kv_pos = np.arange(check.keys)
+    for b, u in np.ndindex(check.batch, check.tables):
+        heads, kv_head = slice(u * group, (u + 1) * group), u // shared
+        for start in range(0, check.length, _QUERIES):
+            at = slice(start, min(start + _QUERIES, check.length))
+            q_pos = np.arange(at.start, at.stop)
+            listed = np.zeros((q_pos.size, -(-check.keys // check.block) + 1), bool)
+            mine = np.minimum(selected[b, at, u], listed.shape[1] - 1)
+            np.put_along_axis(listed, mine, True, axis=1)  # -1, the last, is of no key.
+            seen = listed[:, kv_pos // check.block]
+            seen = seen & np.asarray(check.pattern.mask_fn(q_pos[:, None], kv_pos[None]))
+            if ids is not None:
+                mine = np.asarray(ids[b])
+                seen = seen & (mine[at, None] == mine[None]) & (mine[at, None] != 0)
+            found = _dense(
+                check.dims[0] ** -0.5, q[b, at, heads], k[b, :, kv_head], v[b, :, kv_head], seen,
+                dout[b, at, heads], dlse[b, at, heads],
+            )  # fmt: skip
+            for name, x in zip(names[:3], found, strict=False):
+                total[name][b, at, heads] = x
+            for name, x in zip(names[3:], found[3:], strict=True):
+                total[name][b, :, kv_head] += np.asarray(x)
+    return total
+
+
+def run(check: Check) -> dict[str, Any]:
+    """Errors of one check, whether repeats agree, and whether all of it is as it must be."""
+    inputs = inputs_of(check)
+    usual = triton_gpu._AT_ONCE
+    triton_gpu._AT_ONCE = check.at_once or usual
+    try:
+        call = program(check, *inputs)
+        mine = {name: np.asarray(x) for name, x in call().items()}
+        equal = all(
+            np.array_equal(np.asarray(x), mine[name], equal_nan=True)
+            for _ in range(REPEATS - 1)
+            for name, x in call().items()
+        )
+    finally:
+        triton_gpu._AT_ONCE = usual
+    errors = {}
+    for name, want in reference(check, *inputs).items():
+        got, empty = mine[name].astype(np.float64), want == -np.inf
+        same = np.array_equal(got == -np.inf, empty)
+        got, want = np.where(empty, 0, got), np.where(empty, 0, want)
+        error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-9)
+        errors[name] = float(error) if same else float("inf")
+    good = all(e <= ALLOWED[check.dtype] for e in errors.values()) and equal
+    return {**_fields(check), "errors": errors, "repeats_equal": equal, "ok": bool(good)}
+
+
+def _fields(check):
+    return {**dataclasses.asdict(check), "pattern": check.pattern.expression()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the checks; returns how many failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="experiments/selection/results", help="folder of the file")
+    parser.add_argument("--only", nargs="+", help="names of checks")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for an interpreter")
+    options = parser.parse_args(arguments)
+    checks = [c for c in (TINY if options.tiny else CHECKS) if c.name in (options.only or [c.name])]
+    name = bench.file_stem(jax.devices()[0].device_kind)
+    results = []
+    for check in checks:
+        try:
+            result = run(check)
+        except Exception as error:  # The other checks still count.
+            text = f"{type(error).__name__}: {str(error)[:500]}"
+            result = {**_fields(check), "ok": False, "error": text}
+        results.append(result)
+        shown = {n: float(f"{e:.2g}") for n, e in result.get("errors", {}).items()}
+        shown |= {n: result[n] for n in ("repeats_equal", "error") if n in result}
+        print("ok  " if result["ok"] else "FAIL", check.name, json.dumps(shown), flush=True)
+        # After every check: a run that is cut off keeps what it has.
+        bench.write(results, pathlib.Path(options.out) / f"gpu_check_{name}.json")
+    return sum(not r["ok"] for r in results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

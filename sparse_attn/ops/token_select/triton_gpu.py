@@ -1,0 +1,300 @@
+"""Keys stay, queries come, inside kernels: NVIDIA GPUs from Ampere on, through jax-triton.
+
+As `by_block`, without copies of the queries: the kernels of `triton_kernels.py` fetch the queries
+of each block by their number and write what they find to the entry's own place, `[B, T, n, N, ..]`.
+Partial results meet by their log-sum-exp, partial dq in a sum, both in one pass of XLA over the
+places. Any pattern that Triton can evaluate hides keys inside the blocks, the query's own among
+them. Some places of the lists are processed at a time, so that the partial results stay within
+`_AT_ONCE` numbers.  [arXiv:2508.18224, sec. 3]
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sparse_attn.ops import tiles
+from sparse_attn.ops.block_sparse import triton_gpu as blocks_lib
+from sparse_attn.ops.block_sparse import triton_rules
+from sparse_attn.ops.token_select import inputs as inputs_lib
+from sparse_attn.ops.token_select import plan as plan_lib
+from sparse_attn.ops.token_select import triton_kernels
+
+_LOG2E = 1.4426950408889634
+_MAX_BLOCK = 128
+_SMALL_THINGS = 2048  # Bytes of shared memory for statistics, barriers and sums over rows.
+# Numbers in the partial results of a step: 8 GB in bfloat16.
+_AT_ONCE = 1 << 32
+
+
+class Tile(NamedTuple):
+    """What a program works on, and how many warps and pipeline stages work on it.
+
+    Attributes:
+      rows: heads of entries in a tile, a power of two >= 16.
+      keys: of the block at a time, a power of two >= 16; the backward pass takes whole blocks.
+      tiles: of one block that a program takes at most, one after the other.
+    """
+
+    rows: int
+    keys: int
+    tiles: int
+    warps: int
+    stages: int
+
+
+class Sum(NamedTuple):
+    """How segments are added: numbers of a program, segments that it loads at a time, warps."""
+
+    numbers: int
+    segments: int
+    warps: int
+
+
+class Tiles(NamedTuple):
+    """The tile of each kernel; None where none fits the device."""
+
+    forward: Tile | None
+    backward: Tile | None
+    sum: Sum
+
+
+def check(inputs: inputs_lib.Inputs, kernel: str | None) -> None:
+    """Raises NotImplementedError(reason) for what this backend cannot do."""
+    if kernel is not None:
+        raise NotImplementedError(f"kernel={kernel!r} must be None: it has kernels of its own")
+    blocks_lib.check_device(inputs)
+    if inputs.block % 16 or inputs.block > _MAX_BLOCK:
+        raise NotImplementedError(
+            f"block={inputs.block} must be a multiple of 16 up to {_MAX_BLOCK}; by_block takes any"
+        )
+    if None in _tiles(inputs):
+        raise NotImplementedError(
+            f"block={inputs.block} with head_dim={max(inputs.q.shape[3], inputs.v.shape[3])} in "
+            f"{inputs.q.dtype.name} does not fit the shared memory of {tiles.target().kind}; "
+            "by_block takes them"
+        )
+    _rule(inputs)
+
+
+def _rule(inputs):
+    return triton_rules.rule_of((inputs.pattern,))
+
+
+# --- Tiles ----------------------------------------------------------------------------------------
+
+
+def _tiles(inputs) -> Tiles:
+    """Tiles for the device, the dtype, the block and the head dimension."""
+    forward, backward = _preferred(inputs)
+    return Tiles(
+        _fitted(forward, lambda tile: _forward_bytes(inputs, tile)),
+        _fitted(backward, lambda tile: _backward_bytes(inputs, tile)),
+        Sum(512, 8, 4),
+    )
+
+
+def _preferred(inputs) -> tuple[Tile, Tile]:
+    """Tiles of both passes where shared memory does not matter."""
+    widest = blocks_lib._padded(max(inputs.q.shape[3], inputs.v.shape[3]))
+    if inputs.q.dtype == jnp.float32:
+        # Exact float32 products run on the scalar units: small tiles, or registers spill.
+        small = Tile(32, 32, 4, 8, 1) if widest <= 128 else Tile(16, 16, 4, 8, 1)
+        return small, Tile(16, _MAX_BLOCK, 32, 8, 1)
+    if widest * inputs.block <= 64 * 64:
+        return Tile(128, 64, 4, 4, 2), Tile(64, _MAX_BLOCK, 32, 4, 2)
+    if widest <= 128:
+        return Tile(128, 128, 4, 8, 2), Tile(64, _MAX_BLOCK, 32, 8, 2)
+    return Tile(64, 64, 4, 8, 2), Tile(32, _MAX_BLOCK, 32, 8, 2)
+
+
+def _fitted(tile: Tile, size: Callable[[Tile], int]) -> Tile | None:
+    """The first of fewer stages and then fewer rows whose `size` in bytes fits the device."""
+    capability = float(tiles.target().compute_capability)
+    limit = 227 if 9.0 <= capability < 12.0 else 163 if capability == 8.0 else 99
+    rows = [tile.rows >> i for i in range(tile.rows.bit_length() - 4)]
+    candidates = [tile._replace(rows=r, stages=s) for r in rows for s in range(tile.stages, 0, -1)]
+    return next((t for t in candidates if size(t) <= limit << 10), None)
+
+
+def _forward_bytes(inputs, tile: Tile) -> int:
+    """Shared memory: queries of each stage, keys and values (of each stage, if in parts)."""
+    h, hv = (blocks_lib._padded(x.shape[3]) for x in (inputs.q, inputs.v))
+    block = blocks_lib._padded(inputs.block)
+    keys = block if block <= tile.keys else tile.keys * tile.stages
+    numbers = tile.rows * tile.stages * h + (h + hv) * keys + tile.rows * hv
+    return numbers * inputs.q.dtype.itemsize + _SMALL_THINGS
+
+
+def _backward_bytes(inputs, tile: Tile) -> int:
+    """Shared memory: keys and values, queries and dout of each stage, ds, and dq in float32."""
+    h, hv = (blocks_lib._padded(x.shape[3]) for x in (inputs.q, inputs.v))
+    block = blocks_lib._padded(inputs.block)
+    numbers = (h + hv) * (block + tile.rows * tile.stages) + block * tile.rows
+    return numbers * inputs.q.dtype.itemsize + tile.rows * h * 4 + _SMALL_THINGS
+
+
+# --- One step: some places of the lists -----------------------------------------------------------
+
+
+def _halved(inputs, rows: int):
+    """The same with each list told more than once, until its heads fit the rows of a tile."""
+    _, group, _ = inputs.sizes
+    times = next(n for n in range(1, group + 1) if group % n == 0 and group // n <= rows)
+    return inputs._replace(selected=jnp.repeat(inputs.selected, times, axis=2))
+
+
+def _padded_group(group: int) -> int:
+    """Rows of an entry in a tile."""
+    return 1 << (group - 1).bit_length()
+
+
+def _steps(inputs):
+    """The lists in `[steps, B, T, U, places]`, so that partial results stay small."""
+    batch, length, heads, width = inputs.q.shape
+    count = inputs.selected.shape[3]
+    each = batch * length * heads * max(width, inputs.v.shape[-1])
+    places = max(1, min(count, _AT_ONCE // each))
+    steps = -(-count // places)
+    places = -(-count // steps)
+    widths = ((0, 0),) * 3 + ((0, steps * places - count),)
+    selected = jnp.pad(inputs.selected, widths, constant_values=-1)
+    return jnp.moveaxis(selected.reshape(*selected.shape[:3], steps, places), 3, 0)
+
+
+def _over(steps, step, carry):
+    """`scan` of `step` that leaves one step alone, to be compiled with what is around it."""
+    if steps.shape[0] == 1:
+        return step(carry, steps[0])
+    return jax.lax.scan(lambda *x: (step(*x), None), carry, steps)[0]
+
+
+def _launch(kernel, inputs, selected, tile: Tile, keys: int, arrays, outputs) -> tuple[Any, Any]:
+    """Calls a kernel over the segments of the step; also gives the segments.
+
+    `outputs` makes the shapes of its results from the number of segments.
+    """
+    tables, group, _ = inputs.sizes
+    batch, q_len, heads, width = inputs.q.shape
+    kv_len, kv_heads, v_width = inputs.v.shape[1:]
+    padded = _padded_group(group)
+    size = tile.rows // padded
+    blocks = -(-kv_len // inputs.block)
+    plan = plan_lib.plan(selected, tile=size, blocks=blocks)
+    segments = plan_lib.segments(plan, tile.tiles)
+    count = segments.work.shape[2]
+    ids = (inputs.q_segment_ids, inputs.kv_segment_ids)
+    absent = jnp.zeros((1,), jnp.int32)
+    found = blocks_lib._jax_triton().triton_call(
+        *arrays, *[absent if x is None else x for x in ids], segments.work, plan.entry,
+        q_len, kv_len, count, plan.entry.shape[2],
+        kernel=kernel, out_shape=outputs(count), grid=(batch * tables * count,),
+        num_warps=tile.warps, num_stages=tile.stages,
+        HEADS=heads, KV_HEADS=kv_heads, TABLES=tables, PLACES=selected.shape[3],
+        H=width, HV=v_width, HP=blocks_lib._padded(width), HVP=blocks_lib._padded(v_width),
+        BLOCK=inputs.block, KEYS=keys, TILE=size, PADDED=padded, SCALE=inputs.scale,
+        RULE=_rule(inputs), IDS=inputs.q_segment_ids is not None,
+    )  # fmt: skip
+    return found, segments
+
+
+def _listed(selected, heads):
+    """Which places of each head's list hold a block: others were never written."""
+    listed = jnp.moveaxis(selected, 2, 3) >= 0
+    return jnp.repeat(listed, heads // selected.shape[2], axis=3)  # [B, T, places, N]
+
+
+def _merge(out, lse, outs, lses, listed):
+    """Adds pieces `[B, T, places, N, ..]` to a float32 sum and its log-sum-exp."""
+    lses = jnp.where(listed, lses, -jnp.inf)
+    outs = jnp.where(listed[..., None], outs, 0).astype(jnp.float32)
+    top = jnp.maximum(lse, lses.max(2))
+    shift = jnp.where(top == -jnp.inf, 0, top)
+    before, weights = jnp.exp(lse - shift), jnp.exp(lses - shift[:, :, None])
+    total = before + weights.sum(2)
+    empty = total == 0
+    safe = jnp.where(empty, 1, total)
+    out = out * before[..., None] + (outs * weights[..., None]).sum(2)
+    return out / safe[..., None], jnp.where(empty, -jnp.inf, top + jnp.log(safe))
+
+
+# --- Forward and backward -------------------------------------------------------------------------
+
+
+def forward(inputs: inputs_lib.Inputs, kernel: str | None = None) -> tuple[jax.Array, jax.Array]:
+    """`out [B, T, N, Hv]` in q's dtype and `lse [B, T, N]` float32."""
+    del kernel
+    tile = _tiles(inputs).forward
+    inputs = _halved(inputs, tile.rows)
+    batch, length, heads, _ = inputs.q.shape
+    keys = min(tile.keys, blocks_lib._padded(inputs.block))
+
+    def step(carry, selected):
+        pieces = (batch, length, selected.shape[3], heads)
+        found, _ = _launch(
+            triton_kernels.forward_kernel, inputs, selected, tile, keys,
+            (inputs.q, inputs.k, inputs.v),
+            lambda _: (
+                jax.ShapeDtypeStruct((*pieces, inputs.v.shape[3]), inputs.q.dtype),
+                jax.ShapeDtypeStruct(pieces, jnp.float32),
+            ),
+        )  # fmt: skip
+        return _merge(*carry, *found, _listed(selected, heads))
+
+    rows = (batch, length, heads)
+    nothing = jnp.zeros((*rows, inputs.v.shape[3])), jnp.full(rows, -jnp.inf)
+    out, lse = _over(_steps(inputs), step, nothing)
+    return out.astype(inputs.q.dtype), lse
+
+
+def backward(
+    inputs: inputs_lib.Inputs, kernel: str | None, lse: jax.Array, dout: jax.Array, delta: jax.Array
+) -> inputs_lib.Grads:
+    """Gradients in one pass over the entries, from the whole row's `lse`."""
+    del kernel
+    chosen = _tiles(inputs)
+    tile, likes = chosen.backward, (inputs.q, inputs.k, inputs.v)
+    inputs = _halved(inputs, tile.rows)
+    batch, length, heads, _ = inputs.q.shape
+    tables = inputs.sizes[0]
+    # exp2(logits - inf) = 0 gives empty rows zero gradients.
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * _LOG2E)
+
+    def step(sums, selected):
+        def outputs(segments):
+            each = (batch, tables, segments, inputs.block)
+            entries = (batch, length, selected.shape[3], *inputs.q.shape[2:])
+            return (
+                jax.ShapeDtypeStruct(entries, inputs.q.dtype),
+                *(jax.ShapeDtypeStruct((*each, x.shape[3]), jnp.float32) for x in likes[1:]),
+            )
+
+        (dq, dk, dv), segments = _launch(
+            triton_kernels.backward_kernel, inputs, selected, tile,
+            blocks_lib._padded(inputs.block), (*likes, dout, lse, delta), outputs,
+        )  # fmt: skip
+        dq = jnp.where(_listed(selected, heads)[..., None], dq, 0).astype(jnp.float32).sum(2)
+        dk = _sum(dk, segments, inputs, chosen.sum, inputs.scale)
+        dv = _sum(dv, segments, inputs, chosen.sum, 1.0)
+        return tuple(a + b for a, b in zip(sums, (dq, dk, dv), strict=True))
+
+    nothing = tuple(jnp.zeros(x.shape, jnp.float32) for x in likes)
+    grads = _over(_steps(inputs), step, nothing)
+    return inputs_lib.Grads(*(x.astype(y.dtype) for x, y in zip(grads, likes, strict=True)))
+
+
+def _sum(x, segments: plan_lib.Segments, inputs, tile: Sum, factor: float):
+    """The sums of segments `[B, U, segments, block, H]` by block, `[B, S, K, H]`."""
+    batch, kv_len, kv_heads, _ = inputs.k.shape
+    numbers, blocks, width = inputs.block * x.shape[4], segments.starts.shape[2], x.shape[4]
+    (out,) = blocks_lib._jax_triton().triton_call(
+        x, segments.starts, segments.counts, kv_len, x.shape[2], blocks,
+        kernel=triton_kernels.sum_kernel,
+        out_shape=(jax.ShapeDtypeStruct((batch, kv_len, kv_heads, width), jnp.float32),),
+        grid=(batch * kv_heads * blocks * -(-numbers // tile.numbers),),
+        num_warps=tile.warps, num_stages=1,
+        KV_HEADS=kv_heads, SHARED=inputs.sizes[2], BLOCK=inputs.block, WIDTH=width,
+        PIECE=tile.numbers, SEGMENTS=tile.segments, FACTOR=factor,
+    )  # fmt: skip
+    return out
