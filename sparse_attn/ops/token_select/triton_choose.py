@@ -51,6 +51,9 @@ def rows_tile(width: int) -> Rows:
     """For rows of `width` numbers, a power of two.
 
     One warp a row needs no barrier; 4096 numbers are 128 registers of each of its threads.
+
+    >>> rows_tile(512)
+    Rows(rows=8, warps=1)
     """
     return Rows(rows=max(1, min(32, 4096 // width)), warps=max(1, width // 4096))
 
@@ -103,7 +106,12 @@ def takes_gate(q: Array, blocks: int, count: int) -> bool:
 
 
 def overlaps(strides: Any, block: int) -> int:
-    """Blocks that one compressed key may overlap, at most."""
+    """Blocks that one compressed key may overlap, at most.
+
+    >>> from sparse_attn.ops.token_select import compress
+    >>> overlaps(compress.Strides(size=32, stride=16), 64)
+    2
+    """
     per = block // strides.stride
     return (per + strides.size // strides.stride - 2) // per + 1
 
@@ -181,7 +189,11 @@ def block_scores(
 
 
 def whole(parts: Float[Array, "B r C K m"]) -> Float[Array, "B C K m"]:
-    """Scores from parts: part r of block j belongs to block j + r."""
+    """Scores from parts: part r of block j belongs to block j + r.
+
+    >>> whole(jnp.array([[1.0, 2, 3], [10, 20, 30]]).reshape(1, 2, 1, 1, 3)).ravel().tolist()
+    [1.0, 12.0, 23.0]
+    """
     width = parts.shape[-1]
     moved = (
         jnp.pad(parts[:, r, ..., : width - r], ((0, 0),) * 3 + ((min(r, width), 0),))
