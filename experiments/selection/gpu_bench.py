@@ -1,7 +1,7 @@
 """Times MoBA and NSA, stage by stage, beside dense causal attention of cuDNN.
 
     python -m experiments.selection.gpu_bench [--out DIR] [--lengths N ...] [--only moba nsa]
-                                              [--impl NAME] [--kernel NAME] [--best sort] [--tiny]
+                                              [--impl NAME] [--kernel NAME] [--best xla] [--tiny]
 
 Every stage is a program of its own; arrays are bfloat16 and random, so neighbouring queries choose
 unlike blocks, which is the hardest case for packing them. Backward = both passes minus forward.
@@ -169,7 +169,9 @@ def moba(clock: Clock, sizes, backend: Backend, q, k, v) -> None:
         return lists.by_prefix(largest, q, count=1, elements=lambda end: q.shape[2] * blocks)
 
     choose = functools.partial(lists.by_mean_key, block=block, top_k=sizes["top_k"])
-    clock.forward("scoring", score, q, k)
+    gpu = lists.kernels()
+    if gpu is None or not gpu.takes_gate(q, blocks, sizes["top_k"] + 1):
+        clock.forward("scoring", score, q, k)  # Else one kernel scores and selects.
     selected = clock.forward("scoring_and_selection", choose, q, k)
     if selected is not None:
         selected_attention(clock, backend, block, q, k, v, selected)
@@ -203,6 +205,20 @@ def nsa(clock: Clock, sizes, backend: Backend, q, k, v) -> None:
             p = compress.importance(p, strides, names["block"], -(-end // names["block"]))
             return jnp.moveaxis(p, 1, 2).max(-1, keepdims=True)
 
+        def weigh_by_kernel(end, positions, _):
+            parts = gpu.block_scores(
+                q, keys, lse, positions[:1], positions.size, strides=strides, block=names["block"],
+                blocks=-(-end // names["block"]), scale=q.shape[3] ** -0.5,
+            )  # fmt: skip
+            return parts[:, 0, :, :, :1]  # All are computed, and one is kept.
+
+        gpu = lists.kernels()
+        if gpu is not None and gpu.takes_scores(q, keys, strides, **names):
+            numbers = keys.shape[2] * gpu.overlaps(strides, names["block"])
+            return lists.by_prefix(
+                weigh_by_kernel, lse, count=1,
+                elements=lambda end: numbers * -(-end // names["block"]),
+            )  # fmt: skip
         return lists.by_prefix(
             weigh, (q, lse), count=1, elements=lambda end: q.shape[2] * strides.count(end)
         )
@@ -273,12 +289,12 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         "--kernel", default="pallas_gpu" if on_gpu else None, help="backend of `ops.attend`"
     )
     parser.add_argument(
-        "--best", choices=("sort", "max"), help="how the best are found; default: as the op does"
+        "--best", choices=("xla",), help="what scores and selects; default: as the op does"
     )
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
     options = parser.parse_args(arguments)
-    if options.best is not None:
-        lists._ONE_BY_ONE[jax.default_backend()] = options.best == "max"
+    if options.best == "xla":
+        lists.kernels = lambda: None
     backend = Backend(options.impl, options.kernel)
     lengths = options.lengths or ((256,) if options.tiny else LENGTHS)
     rows: list[dict[str, Any]] = []
@@ -289,7 +305,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         for length in lengths:
             print(f"{name} {length}", flush=True)
             row = {"method": name, "length": length, "kernel": options.kernel, **sizes}
-            row["best"] = "max" if lists._ONE_BY_ONE[jax.default_backend()] else "sort"
+            row["best"] = "xla" if lists.kernels() is None else "kernels"
             row["error"] = error
             clock, (q, k, v) = Clock(row), arrays(sizes, length)
             dense(clock, q, k, v)

@@ -21,6 +21,7 @@ from sparse_attn import attend
 from sparse_attn.masks import block_mask
 from sparse_attn.ops import tiles
 from sparse_attn.ops.token_select import attend as select_lib
+from sparse_attn.ops.token_select import compress, lists
 from sparse_attn.patterns import causal, local
 
 _TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32", "uint8": "u8"}
@@ -101,6 +102,31 @@ def _compile(call, capability, length, heads, dims, dtype):
         )
 
 
+def compile_choice(
+    capability, widths=(), tokens=32768, means=512, dim=128, group=16, dtype="bfloat16",
+    documents=False,
+):  # fmt: skip
+    """Compiles what chooses blocks: rows of some widths, and NSA and MoBA at a length."""
+    sys.modules["jax_triton"] = sys.modules[__name__]
+    q, k = (jax.ShapeDtypeStruct((1, tokens, n, dim), dtype) for n in (group, 1))
+    strides = compress.Strides(size=32, stride=16)
+    keys = jax.ShapeDtypeStruct((1, strides.count(tokens), 1, dim), dtype)
+    lse = jax.ShapeDtypeStruct((1, tokens, group), jnp.float32)
+    ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32) if documents else None
+    by_scores = functools.partial(compress.choose_blocks, strides=strides, block=64, top_k=16)
+    by_mean = functools.partial(lists.by_mean_key, block=tokens // means, top_k=8)
+    with tiles.assume(tiles.Target("gpu", "assumed", capability)):
+        for width in widths:
+            row = jax.ShapeDtypeStruct((1000, width), jnp.float32)
+            jax.eval_shape(lambda x: lists.best(x, 16, x > 0, x > 1), row)
+        jax.eval_shape(lambda q, k, lse, ids: by_scores(q, k, lse, segment_ids=ids),
+                       q, keys, lse, ids)  # fmt: skip
+        jax.eval_shape(lambda q, k, ids: by_mean(q, k, segment_ids=ids), q, k, ids)
+
+
 if __name__ == "__main__":
     cell = json.loads(sys.argv[1])
-    (compile_lists if "group" in cell else compile_cell)(**cell)
+    if "choose" in cell:
+        compile_choice(**cell["choose"])
+    else:
+        (compile_lists if "group" in cell else compile_cell)(**cell)

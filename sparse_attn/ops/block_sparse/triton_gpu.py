@@ -1,6 +1,7 @@
 """Backend for NVIDIA GPUs from Ampere on: the kernels of `triton_kernels.py` through jax-triton."""
 
 import importlib
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -32,14 +33,8 @@ class Tiles(NamedTuple):
     dkv: Tile
 
 
-def check(inputs: inputs_lib.Inputs) -> None:
-    """Raises NotImplementedError(reason) for what this backend cannot do."""
-    check_device(inputs)
-    _rule(inputs)
-
-
-def check_device(inputs: Any) -> None:
-    """The part of `check` about the device and the head dimensions of `inputs.q`, `inputs.v`."""
+def check_device() -> None:
+    """Raises NotImplementedError(reason) where no Triton kernel runs."""
     target = tiles.target()
     if target.platform != "gpu" or target.compute_capability is None:
         raise NotImplementedError(f"needs an NVIDIA GPU, the target is {target.kind}")
@@ -47,10 +42,21 @@ def check_device(inputs: Any) -> None:
         raise NotImplementedError(
             f"needs compute capability 8.0 (Ampere), {target.kind} has {target.compute_capability}"
         )
+    jax_triton()
+
+
+def check_head_dims(inputs: Any) -> None:
+    """Raises NotImplementedError(reason) for head dimensions of q and v that are too large."""
     widest = max(inputs.q.shape[3], inputs.v.shape[3])
     if widest > _MAX_HEAD_DIM:
         raise NotImplementedError(f"head_dim={widest} is over {_MAX_HEAD_DIM}")
-    _jax_triton()
+
+
+def check(inputs: inputs_lib.Inputs) -> None:
+    """Raises NotImplementedError(reason) for what this backend cannot do."""
+    check_device()
+    check_head_dims(inputs)
+    _rule(inputs)
 
 
 def forward(inputs: inputs_lib.Inputs) -> tuple[jax.Array, jax.Array]:
@@ -104,7 +110,7 @@ def _launch(kernel, inputs, tile, side, arrays, outputs, **constants):
     else:
         own, walked, part, step = mask.block_kv, mask.block_q, tile.keys, tile.queries
     length = mask.kv_len if side == "kv" else mask.q_len
-    return _jax_triton().triton_call(
+    return jax_triton().triton_call(
         *[absent if x is None else jnp.asarray(x) for x in operands], *sizes,
         kernel=kernel, out_shape=outputs, grid=(q.shape[0] * programs.shape[1] * -(-own // part),),
         num_warps=tile.warps, num_stages=tile.stages,
@@ -146,7 +152,8 @@ def _programs(mask, side, heads, kv_heads):
     return records[:, np.lexsort((-work.ravel(), owner.ravel()))]
 
 
-def _jax_triton():
+def jax_triton() -> types.ModuleType:
+    """The module; NotImplementedError where it cannot be imported."""
     # Imported here: it raises on a JAX without CUDA.
     try:
         return importlib.import_module("jax_triton")

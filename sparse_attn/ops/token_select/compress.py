@@ -151,6 +151,26 @@ def choose_blocks(
         forced = (at < first + initial) | (at > own - local)
         return lists.best(scores, top_k, candidates[:, :, None], forced[:, :, None])
 
+    def choose_by_kernel(end, positions, _):
+        documents = None if key_ids is None else (ids, starts, key_ids)
+        blocks, start = -(-end // block), positions[:1]
+        parts = gpu.block_scores(
+            q, keys, lse, start, positions.size, strides=strides, block=block, blocks=blocks,
+            scale=q.shape[3] ** -0.5 if scale is None else scale, documents=documents,
+        )  # fmt: skip
+        return gpu.best_blocks(
+            parts, start, min(top_k, blocks), block=block, initial=initial, local=local,
+            starts=None if documents is None else starts,
+        )  # fmt: skip
+
+    gpu = lists.kernels()
+    if gpu is not None and gpu.takes_scores(q, keys, strides, block, top_k):
+        numbers = batch * kv_heads * gpu.overlaps(strides, block)
+        # The queries are read as they lie: pieces of them would be copies.
+        return lists.by_prefix(
+            choose_by_kernel, ids, count=top_k,
+            elements=lambda end: numbers * -(-end // block),
+        )  # fmt: skip
     return lists.by_prefix(
         choose, (q, lse, starts, ids), count=top_k,
         elements=lambda end: batch * heads * strides.count(end),

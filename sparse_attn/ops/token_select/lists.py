@@ -1,6 +1,8 @@
 """Lists of blocks from scores, some queries at a time: the scores of all never exist at once."""
 
+import importlib
 import itertools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +17,6 @@ from sparse_attn.ops import scoring, tiles
 _AT_ONCE = {"cpu": 1 << 22, "gpu": 1 << 28, "tpu": 1 << 26}
 # Queries in a part that sees one prefix of the keys, at least; and how many parts, at most.
 _PREFIX, _PARTS = 2048, 8
-# How the best are found: by sorting, or one after the other, which reads the scores once for each.
-_ONE_BY_ONE = {"cpu": False, "gpu": True, "tpu": False}
 _LEAST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -77,6 +77,26 @@ def by_prefix(
     return jnp.concatenate(found, 1)
 
 
+def kernels() -> types.ModuleType | None:
+    """The module of GPU kernels for choices, or None where XLA chooses: to the same result.
+
+    >>> with tiles.assume(tiles.Target("tpu", "TPU v5 lite")):
+    ...     print(kernels())
+    None
+    """
+    if tiles.target().platform != "gpu":
+        return None
+    # XLA splits its own operations over a mesh; a kernel would get, and repeat, the whole.
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1 and jax.sharding.AxisType.Auto in mesh.axis_types:
+        return None
+    try:
+        importlib.import_module("sparse_attn.ops.block_sparse.triton_gpu").check_device()
+        return importlib.import_module("sparse_attn.ops.token_select.triton_choose")
+    except (ImportError, NotImplementedError):
+        return None
+
+
 def best(
     scores: Float[Array, "*B n"],
     count: int,
@@ -85,35 +105,23 @@ def best(
 ) -> Int[Array, "*B m"]:
     """The `count` best candidates, those that are forced first; -1 where there are no more.
 
-    Of equals, those with the lower index.
+    Of equals, those with the lower index. No gradient goes through the choice.
 
     >>> scores, every = jnp.array([1.0, 5.0, 5.0, 0.0]), jnp.ones(4, bool)
     >>> best(scores, 3, every, jnp.arange(4) == 3).tolist()
     [3, 1, 2]
     """
+    scores = jax.lax.stop_gradient(scores).astype(jnp.float32)
     finite = jnp.clip(jnp.where(jnp.isnan(scores), _LEAST, scores), _LEAST, -_LEAST)
+    # `top_k` has -0 after 0.
+    finite = jnp.where(finite == 0, 0.0, finite)
     key = jnp.where(candidates, jnp.where(forced, jnp.inf, finite), -jnp.inf)
     count = min(count, key.shape[-1])
-    one_by_one = _ONE_BY_ONE[tiles.target().platform]
-    values, indices = _one_by_one(key, count) if one_by_one else jax.lax.top_k(key, count)
+    gpu = kernels()
+    if gpu is not None and gpu.takes_rows(count, key.shape[-1]):
+        return gpu.largest(key, count)
+    values, indices = jax.lax.top_k(key, count)
     return jnp.where(values == -jnp.inf, -1, indices)
-
-
-def _one_by_one(key, count):
-    """As `jax.lax.top_k`; `key` is only read."""
-    at = jnp.arange(key.shape[-1], dtype=jnp.int32)
-
-    def step(last, _):
-        value, index = (x[..., None] for x in last)
-        left = jnp.where((key < value) | ((key == value) & (at > index)), key, -jnp.inf)
-        index = left.argmax(-1).astype(jnp.int32)
-        last = left.max(-1), index
-        return last, last
-
-    lead = key.shape[:-1]
-    start = jnp.full(lead, jnp.inf, key.dtype), jnp.full(lead, -1, jnp.int32)
-    _, found = jax.lax.scan(step, start, length=count)
-    return tuple(jnp.moveaxis(x, 0, -1) for x in found)
 
 
 def by_mean_key(
@@ -155,9 +163,20 @@ def by_mean_key(
             mine = ids[..., None]
             candidates = candidates & (low[:, None, : at.size] <= mine)
             candidates = candidates & (mine <= high[:, None, : at.size])
-        scores = jnp.moveaxis(scoring.logits(q, means[:, : at.size]), 1, 2)
-        return best(scores, top_k + 1, candidates[:, :, None], own[:, None])
+        scores = scoring.logits(q, means[:, : at.size])
+        # Lists are smaller to transpose than scores.
+        return jnp.moveaxis(best(scores, top_k + 1, candidates[:, None], own), 1, 2)
+
+    def choose_by_kernel(end, positions, _):
+        documents = None if kv_ids is None else (ids, low, high)
+        return gpu.gate(
+            q, means, positions[:1], positions.size, min(top_k + 1, seen(end)), block=block,
+            blocks=seen(end), documents=documents,
+        )  # fmt: skip
 
     ids = jnp.zeros(q.shape[:2], jnp.int32) if q_ids is None else q_ids
-    heads = q.shape[0] * q.shape[2]
+    heads, gpu = q.shape[0] * q.shape[2], kernels()
+    if gpu is not None and gpu.takes_gate(q, blocks, top_k + 1):
+        # Scores stay in registers, and q as it lies: pieces would be copies.
+        return by_prefix(choose_by_kernel, ids, count=top_k + 1, elements=lambda end: heads)
     return by_prefix(choose, (q, ids), count=top_k + 1, elements=lambda end: heads * seen(end))

@@ -64,7 +64,8 @@ def check(inputs: inputs_lib.Inputs, kernel: str | None) -> None:
     """Raises NotImplementedError(reason) for what this backend cannot do."""
     if kernel is not None:
         raise NotImplementedError(f"kernel={kernel!r} must be None: it has kernels of its own")
-    blocks_lib.check_device(inputs)
+    blocks_lib.check_device()
+    blocks_lib.check_head_dims(inputs)
     if inputs.block % 16 or inputs.block > _MAX_BLOCK:
         raise NotImplementedError(
             f"block={inputs.block} must be a multiple of 16 up to {_MAX_BLOCK}; by_block takes any"
@@ -186,7 +187,7 @@ def _launch(kernel, inputs, selected, tile: Tile, keys: int, arrays, outputs) ->
     count = segments.work.shape[2]
     ids = (inputs.q_segment_ids, inputs.kv_segment_ids)
     absent = jnp.zeros((1,), jnp.int32)
-    found = blocks_lib._jax_triton().triton_call(
+    found = blocks_lib.jax_triton().triton_call(
         *arrays, *[absent if x is None else x for x in ids], segments.work, plan.entry,
         q_len, kv_len, count, plan.entry.shape[2],
         kernel=kernel, out_shape=outputs(count), grid=(batch * tables * count,),
@@ -288,7 +289,7 @@ def _sum(x, segments: plan_lib.Segments, inputs, tile: Sum, factor: float):
     """The sums of segments `[B, U, segments, block, H]` by block, `[B, S, K, H]`."""
     batch, kv_len, kv_heads, _ = inputs.k.shape
     numbers, blocks, width = inputs.block * x.shape[4], segments.starts.shape[2], x.shape[4]
-    (out,) = blocks_lib._jax_triton().triton_call(
+    (out,) = blocks_lib.jax_triton().triton_call(
         x, segments.starts, segments.counts, kv_len, x.shape[2], blocks,
         kernel=triton_kernels.sum_kernel,
         out_shape=(jax.ShapeDtypeStruct((batch, kv_len, kv_heads, width), jnp.float32),),
