@@ -15,8 +15,8 @@ ROWS = 64  # Rows of a matrix instruction: what one compute warpgroup holds.
 _SHARED_BYTES = 226 * 1024  # Of the 227 KiB a program may have; barriers need some.
 
 # To be tuned on a GPU; read whenever a kernel is traced.
-STREAMED_BYTES = 24 * 2**20  # What programs of a time stream, of 50 MB of L2 cache; 0: unlimited.
-TAIL = 4  # Programs per processor that come last, from all heads: they even out the loads.
+STREAMED_BYTES = 24 * 2**20  # Of heads served at a time, in 50 MB of L2 cache; 0: all at once.
+TAIL = 4  # Programs per processor, from all heads, that come last and even out the loads.
 SPLIT_BELOW = 2  # Programs per processor below which dk/dv splits groups of heads; 0: never.
 
 
@@ -175,7 +175,7 @@ def _divisors(n):
 
 
 def group_parts(inputs):
-    """Programs that share the query heads of a KV head in dk/dv: more than 1 if GPUs idled else."""
+    """Programs among which dk/dv splits a group of heads: several where columns are too few."""
     (batch_size, _, num_kv_heads, _), mask = inputs.k.shape, inputs.mask
     tiles_per_block = mask.block_kv // _rows(inputs, mask.block_kv)[1]
     programs = batch_size * num_kv_heads * mask.num_cols * tiles_per_block
@@ -185,7 +185,7 @@ def group_parts(inputs):
 
 
 def grad_type(x, parts, lists):
-    """What dk/dv writes as the gradient of x `[B, S, K, H]`: float32 tiles if in several parts."""
+    """What dk/dv writes as the gradient of x `[B, S, K, H]`; of parts, tiles of float32."""
     if parts == 1:
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
     batch_size, _, num_kv_heads, dim = x.shape
@@ -195,7 +195,7 @@ def grad_type(x, parts, lists):
 
 
 def sum_parts(grad, parts, lists, dtype):
-    """`[B, S, K, H]` of what `grad_type` describes."""
+    """The gradient `[B, S, K, H]` of what `grad_type` describes, added in a fixed order."""
     if parts == 1:
         return grad
     batch_size, heads, tiles, _, dim = grad.shape
@@ -205,9 +205,9 @@ def sum_parts(grad, parts, lists, dtype):
 
 
 def _together(inputs, direction, num_heads, programs):
-    """(batch entries, heads) that are served together: what they stream stays in the cache.
+    """(batch entries, heads) that are served at a time, so that the cache holds what they stream.
 
-    `num_heads` of programs, with so many `programs` per head and batch entry.
+    `num_heads` counts the heads that programs have, `programs` those of one in a batch entry.
     """
     batch_size, q_len, num_q_heads, dim = inputs.q.shape
     _, kv_len, num_kv_heads, v_dim = inputs.v.shape
