@@ -71,6 +71,14 @@ def multiply_add(start, a, b, staged, then=None):
     return start + product if interpreted() else product
 
 
+def store_to_global(ref, value) -> None:
+    """`ref[...] = value`, from registers to global memory."""
+    if hasattr(plgpu, "store"):  # 0.12, where an assignment takes shared memory only.
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def element_rule(fn, *args):
     """`fn(*args)` for the rule of a mask, in operations that the kernels' compiler takes.
 

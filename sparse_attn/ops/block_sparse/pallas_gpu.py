@@ -3,9 +3,10 @@
 One warpgroup streams the tiles that the lists of a `BlockMask` name from global to shared memory
 (TMA) through a ring; one or two compute warpgroups, 64 rows each, multiply them (wgmma) and keep
 their accumulators in registers [arXiv:2407.08608, sec. 3]. The forward and dq walk the row lists;
-dk and dv walk the column lists with K and V stationary, so nothing is added atomically and results
-repeat bit by bit. Each list is walked as PARTIAL blocks, where the element rule runs, and then
-FULL blocks without any mask code.
+dk and dv walk the column lists with K and V stationary (where columns are few, for parts of a group
+of heads, summed afterwards), so nothing is added atomically and results repeat bit by bit. Each
+list is walked as PARTIAL blocks, where the element rule runs, and then FULL blocks without any mask
+code.
 
 A tile holds at most one mask block: larger ones take several, smaller ones leave rows of the matrix
 instruction unused. A non-finite value spoils all queries of the PARTIAL tiles that hold it.
@@ -418,8 +419,9 @@ def _dkv(inputs, arrays, schedule):
     plgpu, pl = plgpu_compat.plgpu, plgpu_compat.pl
     q, k, v = arrays["q"], arrays["k"], arrays["v"]
     (batch_size, _, num_kv_heads, qk_dim), width, dtype = k.shape, v.shape[-1], q.dtype
-    group = inputs_lib.group_size(inputs)
-    lists, list_arrays = gpu_walk.lists_of(inputs, "q", num_kv_heads)
+    parts = gpu_walk.group_parts(inputs)
+    heads_per_part = inputs_lib.group_size(inputs) // parts
+    lists, list_arrays = gpu_walk.lists_of(inputs, "q", num_kv_heads * parts)
     wgs, own = lists.warpgroups, pl.ds(0, lists.wg_rows)
     has_bias = inputs.key_bias is not None
     schedule = schedule or gpu_walk.schedule_of(
@@ -439,7 +441,7 @@ def _dkv(inputs, arrays, schedule):
             return lists.program(refs, n, tile)
 
         def serve(n, before_item):
-            batch, kv_head, first, entries = program(n)
+            batch, part, first, entries = program(n)
             kv_first = first + wg * lists.wg_rows
             buffer = _slot(n, buffers)
             k_tile, v_tile = k_smem.at[buffer, wg], v_smem.at[buffer, wg]
@@ -494,7 +496,7 @@ def _dkv(inputs, arrays, schedule):
                     return db
 
                 def one_head(g, done):
-                    walk = entries(kv_head * group + g)
+                    walk = entries(part * heads_per_part + g)
                     db = (
                         gpu_walk.zeros((_ROWS,), plgpu.Layout.WGMMA.reduce(1)) if has_bias else None
                     )
@@ -511,7 +513,7 @@ def _dkv(inputs, arrays, schedule):
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     return done + walk.count
 
-                done = lax.fori_loop(0, group, one_head, before_item)
+                done = lax.fori_loop(0, heads_per_part, one_head, before_item)
                 dk, dv = dk_ref[...], dv_ref[...]
                 last = _slot(done + (stages - 1), stages)
                 pl.when(done > before_item)(lambda: plgpu.barrier_arrive(q_free.at[last]))
@@ -522,17 +524,24 @@ def _dkv(inputs, arrays, schedule):
                 plgpu.ACC((_ROWS, qk_dim), jnp.float32),
                 plgpu.ACC((_ROWS, width), jnp.float32),
             )
-            k_tile[...] = (dk * inputs.scale).astype(dtype)
-            v_tile[...] = dv.astype(dtype)
-            plgpu.commit_smem()
-            for name, tile_ in (("dk", k_tile), ("dv", v_tile)):
-                plgpu.copy_smem_to_gmem(tile_.at[own], refs[name].at[batch, rows, kv_head])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            grads = (("dk", dk * inputs.scale, k_tile), ("dv", dv, v_tile))
+            if parts > 1:
+                at = (batch, part, lax.div(kv_first, jnp.int32(lists.wg_rows)))
+                for name, grad, _ in grads:
+                    plgpu_compat.store_to_global(refs[name].at[at], grad)
+            else:
+                for _, grad, tile_ in grads:
+                    tile_[...] = grad.astype(dtype)
+                plgpu.commit_smem()
+                for name, _, tile_ in grads:
+                    plgpu.copy_smem_to_gmem(tile_.at[own], refs[name].at[batch, rows, part])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(own_free.at[buffer])
             return done
 
         def feed(n, done):
-            batch, kv_head, first, entries = program(n)
+            batch, part, first, entries = program(n)
+            kv_head = lax.div(part, jnp.int32(parts))
             buffer = _slot(n, buffers)
             pl.when(n >= buffers)(lambda: plgpu.barrier_wait(own_free.at[buffer]))
             for w in range(wgs):
@@ -543,8 +552,7 @@ def _dkv(inputs, arrays, schedule):
                     )
 
             def one_head(g, done):
-                walk = entries(kv_head * group + g)
-
+                walk = entries(part * heads_per_part + g)
                 matrices = (refs[name].at[batch, :, walk.head] for name in ("q", "dout"))
                 vectors = (refs[name].at[batch, walk.head] for name in ("lse", "delta"))
                 copies = zip(matrices, (q_smem, do_smem), vectors, (lse_smem, delta_smem))
@@ -553,16 +561,13 @@ def _dkv(inputs, arrays, schedule):
                 gpu_walk.feed_ring(walk, done, stages, ring, tile)
                 return done + walk.count
 
-            return lax.fori_loop(0, group, one_head, done)
+            return lax.fori_loop(0, heads_per_part, one_head, done)
 
         gpu_walk.run_warpgroups(
             lists, refs, serve, feed, stages, (q_free, do_free), buffers, own_free
         )
 
-    out_type = {
-        "dk": jax.ShapeDtypeStruct(k.shape, dtype),
-        "dv": jax.ShapeDtypeStruct(v.shape, dtype),
-    }
+    out_type = {name: gpu_walk.grad_type(x, parts, lists) for name, x in (("dk", k), ("dv", v))}
     if has_bias:
         shape_db = (batch_size, q.shape[2], inputs.mask.num_cols * inputs.mask.block_kv)
         out_type["dbias"] = jax.ShapeDtypeStruct(shape_db, jnp.float32)
@@ -585,4 +590,5 @@ def _dkv(inputs, arrays, schedule):
         ),
         lists=lists,
     )
-    return results["dk"], results["dv"], results.get("dbias")
+    dk, dv = (gpu_walk.sum_parts(results[name], parts, lists, dtype) for name in ("dk", "dv"))
+    return dk, dv, results.get("dbias")
