@@ -1,6 +1,6 @@
 """Checks the kernels for lists of blocks on an NVIDIA GPU at real sizes, against float32.
 
-    python -m experiments.selection.gpu_check [--out DIR] [--only NAME ...] [--tiny]
+    python -m experiments.selection.gpu_check [--shards 6] [--out DIR] [--only NAME ...] [--tiny]
 
 Forward, lse and all gradients of lists drawn at random (the first block and the own one in every
 list, blocks listed again, after the query, and none), lengths that are multiples of nothing, and
@@ -13,9 +13,12 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import sys
 from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # Shards share the GPU.
 
 import jax
 import jax.numpy as jnp
@@ -89,10 +92,10 @@ TINY = (
 
 def inputs_of(check: Check) -> tuple[dict[str, Any], Any, Any]:
     """Arguments of `attend`, and the cotangents of out and lse."""
-    rng = np.random.default_rng(0)
+    rng, keys = np.random.default_rng(0), iter(jax.random.split(jax.random.key(0), 5))
 
     def normal(*shape, dtype=check.dtype):
-        return jnp.asarray(rng.standard_normal(shape), dtype)
+        return jax.random.normal(next(keys), shape, dtype)
 
     q = normal(check.batch, check.length, check.heads, check.dims[0])
     k, v = (normal(check.batch, check.keys, check.kv_heads, width) for width in check.dims)
@@ -148,14 +151,14 @@ def _dense(scale, q, k, v, seen, dout, dlse):
     return out, lse, *pull((dout.astype(jnp.float32), dlse))
 
 
-def reference(check: Check, arguments, dout, dlse) -> dict[str, np.ndarray]:
+def reference(check: Check, arguments, dout, dlse) -> dict[str, jax.Array]:
     """The same as `program`, dense."""
     q, k, v, selected, ids = (arguments[n] for n in ("q", "k", "v", "selected", "segment_ids"))
     selected = np.asarray(selected)
     group, shared = check.heads // check.tables, check.tables // check.kv_heads
     names = ("out", "lse", "dq", "dk", "dv")
     shapes = (dout.shape, dlse.shape, q.shape, k.shape, v.shape)
-    total = {name: np.zeros(shape) for name, shape in zip(names, shapes, strict=True)}
+    total = {name: jnp.zeros(shape) for name, shape in zip(names, shapes, strict=True)}
     kv_pos = np.arange(check.keys)
     for b, u in np.ndindex(check.batch, check.tables):
         heads, kv_head = slice(u * group, (u + 1) * group), u // shared
@@ -175,9 +178,9 @@ def reference(check: Check, arguments, dout, dlse) -> dict[str, np.ndarray]:
                 dout[b, at, heads], dlse[b, at, heads],
             )  # fmt: skip
             for name, x in zip(names[:3], found, strict=False):
-                total[name][b, at, heads] = x
+                total[name] = total[name].at[b, at, heads].set(x)
             for name, x in zip(names[3:], found[3:], strict=True):
-                total[name][b, :, kv_head] += np.asarray(x)
+                total[name] = total[name].at[b, :, kv_head].add(x)
     return total
 
 
@@ -188,9 +191,9 @@ def run(check: Check) -> dict[str, Any]:
     triton_gpu._AT_ONCE = check.at_once or usual
     try:
         call = program(check, *inputs)
-        mine = {name: np.asarray(x) for name, x in call().items()}
+        mine = call()
         equal = all(
-            np.array_equal(np.asarray(x), mine[name], equal_nan=True)
+            bool(jnp.array_equal(x, mine[name], equal_nan=True))
             for _ in range(REPEATS - 1)
             for name, x in call().items()
         )
@@ -198,10 +201,10 @@ def run(check: Check) -> dict[str, Any]:
         triton_gpu._AT_ONCE = usual
     errors = {}
     for name, want in reference(check, *inputs).items():
-        got, empty = mine[name].astype(np.float64), want == -np.inf
-        same = np.array_equal(got == -np.inf, empty)
-        got, want = np.where(empty, 0, got), np.where(empty, 0, want)
-        error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-9)
+        got, empty = mine[name].astype(jnp.float32), want == -jnp.inf
+        same = jnp.array_equal(got == -jnp.inf, empty)
+        got, want = jnp.where(empty, 0, got), jnp.where(empty, 0, want)
+        error = jnp.linalg.norm(got - want) / jnp.maximum(jnp.linalg.norm(want), 1e-9)
         errors[name] = float(error) if same else float("inf")
     good = all(e <= ALLOWED[check.dtype] for e in errors.values()) and equal
     return {**_fields(check), "errors": errors, "repeats_equal": equal, "ok": bool(good)}
@@ -211,29 +214,42 @@ def _fields(check):
     return {**dataclasses.asdict(check), "pattern": check.pattern.expression()}
 
 
+def guarded(check: Check) -> dict[str, Any]:
+    """The result of `run`; an error is a result, and the other checks still count."""
+    try:
+        return run(check)
+    except Exception as error:
+        text = f"{type(error).__name__}: {str(error)[:500]}"
+        return {**_fields(check), "ok": False, "error": text}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the checks; returns how many failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="experiments/selection/results", help="folder of the file")
     parser.add_argument("--only", nargs="+", help="names of checks")
+    parser.add_argument("--shards", type=int, default=6, help="processes, for all checks")
+    parser.add_argument("--shard", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true", help="small sizes, for an interpreter")
     options = parser.parse_args(arguments)
-    checks = [c for c in (TINY if options.tiny else CHECKS) if c.name in (options.only or [c.name])]
-    name = bench.file_stem(jax.devices()[0].device_kind)
-    results = []
-    for check in checks:
-        try:
-            result = run(check)
-        except Exception as error:  # The other checks still count.
-            text = f"{type(error).__name__}: {str(error)[:500]}"
-            result = {**_fields(check), "ok": False, "error": text}
-        results.append(result)
+    if options.shard is not None:
+        for check in CHECKS[options.shard :: options.shards]:
+            bench.shard_result(guarded(check))
+        return 0
+    if options.tiny or options.only:
+        checks = TINY if options.tiny else [c for c in CHECKS if c.name in options.only]
+        results = [guarded(check) for check in checks]
+    else:
+        checks = CHECKS
+        results = bench.in_shards("experiments.selection.gpu_check", options.shards)
+    for result in results:
         shown = {n: float(f"{e:.2g}") for n, e in result.get("errors", {}).items()}
         shown |= {n: result[n] for n in ("repeats_equal", "error") if n in result}
-        print("ok  " if result["ok"] else "FAIL", check.name, json.dumps(shown), flush=True)
-        # After every check: a run that is cut off keeps what it has.
-        bench.write(results, pathlib.Path(options.out) / f"gpu_check_{name}.json")
-    return sum(not r["ok"] for r in results)
+        print("ok  " if result["ok"] else "FAIL", result["name"], json.dumps(shown), flush=True)
+    name = bench.file_stem(jax.devices()[0].device_kind)
+    bench.write(results, pathlib.Path(options.out) / f"gpu_check_{name}.json")
+    print(f"{len(results)} of {len(checks)} checks ran")
+    return sum(not r["ok"] for r in results) + len(checks) - len(results)
 
 
 if __name__ == "__main__":

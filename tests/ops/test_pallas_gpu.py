@@ -143,7 +143,7 @@ def test_rules_with_not_lower(rule):
 ])  # fmt: skip
 def test_every_program_is_served_once_longest_first(heads, lists, masks, batch, own, rows):
     lengths = np.random.default_rng(0).integers(0, 9, (masks, lists, 5))
-    items, costs = gpu_walk._items(lengths, batch, heads, own, rows, (batch, heads), np)
+    items, costs = gpu_walk._items(lengths, batch, heads, own, rows, np)
     split = own // rows
     want = set(itertools.product(range(batch), range(heads), range(5), range(5 * split)))
     want = {item for item in want if item[3] // split == item[2]}
@@ -152,70 +152,6 @@ def test_every_program_is_served_once_longest_first(heads, lists, masks, batch, 
     assert (np.diff(costs) <= 0).all()
     for (b, h, row, _), cost in zip(items, costs, strict=True):
         assert cost == lengths[b if masks > 1 else 0, h * lists // heads, row]
-
-
-@pytest.mark.parametrize("lists, masks, together, xp", [
-    (1, 1, (1, 2), np), (4, 1, (1, 2), np), (4, 2, (1, 1), np), (1, 2, (1, 4), np),
-    (4, 2, (1, 4), np), (1, 1, (1, 4), np), (1, 1, (1, 2), jnp), (4, 2, (1, 1), jnp),
-])  # fmt: skip
-def test_sets_of_heads_are_served_in_turn(lists, masks, together, xp, monkeypatch):
-    monkeypatch.setattr(plgpu_compat, "processors", lambda: 3)
-    lengths = np.random.default_rng(0).integers(0, 9, (masks, lists, 50))
-    items, costs = gpu_walk._items(xp.asarray(lengths), 2, 4, 128, 64, together, xp)
-    items, costs = np.asarray(items), np.asarray(costs)
-    want = itertools.product(range(2), range(4), range(50), range(2))
-    assert sorted(map(tuple, items.tolist())) == [(b, h, r, 2 * r + t) for b, h, r, t in want]
-    b, h, row, _ = items.T
-    np.testing.assert_array_equal(costs, lengths[b % masks, h % lists, row])
-    served = b // together[0] * (4 // together[1]) + h // together[1]
-    count = 8 // np.prod(together)
-    body = len(items) - count * -(-gpu_walk.TAIL * 3 // count)
-    assert (np.diff(served[:body]) >= 0).all()
-    for n in range(count):
-        assert (np.diff(costs[served == n]) <= 0).all()
-        # The end has as many programs of every set.
-        assert (served[body:] == n).sum() * count == len(items) - body
-
-
-def _together(budget, monkeypatch, *, batch=2, heads=8, kv_heads=4, length=1024, direction="kv"):
-    monkeypatch.setattr(gpu_walk, "STREAMED_BYTES", budget)
-    inputs = make_inputs(lower.lower(WINDOW, q_len=length), heads=heads, kv_heads=kv_heads)
-    inputs = inputs._replace(
-        q=jax.ShapeDtypeStruct((batch, length, heads, 64), jnp.bfloat16),
-        k=jax.ShapeDtypeStruct((batch, length, kv_heads, 64), jnp.bfloat16),
-        v=jax.ShapeDtypeStruct((batch, length, kv_heads, 64), jnp.bfloat16),
-    )
-    served = heads if direction == "kv" else kv_heads
-    return gpu_walk._together(inputs, direction, served, 1000)
-
-
-def test_sets_of_heads_fit_in_the_budget(monkeypatch):
-    kv, q = 2**18, 2 * (2**18 + 2**13)  # Bytes of a KV head, and of the queries of its group.
-    for units, want in {1: (1, 2), 3: (1, 4), 4: (1, 8), 7: (1, 8), 8: (2, 8)}.items():
-        assert _together(units * kv, monkeypatch) == want
-    assert _together(kv - 1, monkeypatch) == (1, 2)
-    assert _together(2 * q, monkeypatch, direction="q") == (1, 2)
-    assert _together(2 * q - 1, monkeypatch, direction="q") == (1, 1)
-    assert _together(0, monkeypatch) == _together(2**40, monkeypatch) == (2, 8)
-
-
-@pytest.mark.parametrize("name", ["causal", "window", "random 0.1", "random 0.3", "random 0.6"])
-@pytest.mark.parametrize("heads", [1, 2, 4, 8])
-def test_serving_heads_in_turn_costs_no_time(name, heads, monkeypatch):
-    monkeypatch.setattr(plgpu_compat, "processors", lambda: 132)
-    kind, _, density = name.partition(" ")
-    counts = np.tile(np.arange(1, 129), (1, 16, 1))
-    if kind == "window":
-        counts = np.minimum(counts, 9)
-    elif kind == "random":
-        counts = 1 + np.random.default_rng(0).binomial(counts - 1, float(density))
-    longest = []
-    for together in ((1, 16), (1, heads)):
-        items, costs = gpu_walk._items(counts, 1, 16, 128, 128, together, np)
-        table = np.concatenate([items, costs[:, None]], 1)
-        table, bounds = gpu_walk._share_out(table, costs + 1.0, 132)
-        longest.append(max((table[a:b, 4] + 1).sum() for a, b in itertools.pairwise(bounds)))
-    assert longest[1] <= 1.01 * longest[0]
 
 
 def test_uneven_programs_are_shared_out_evenly():
@@ -265,22 +201,6 @@ def _spy(monkeypatch, name):
 
     monkeypatch.setattr(gpu_walk, name, spied)
     return calls
-
-
-@needs_mosaic
-@pytest.mark.parametrize("mask, traced", [
-    pytest.param(problems.blocks(causal.Causal(), 64, 64), False, id="static"),
-    pytest.param(problems.states(causal.Causal(), batch=2, tables=2), True, id="run_time",
-                 marks=pytest.mark.slow),
-])  # fmt: skip
-def test_sets_of_heads_served_in_turn_agree(mask, traced, monkeypatch):
-    monkeypatch.setattr(gpu_walk, "STREAMED_BYTES", 1)
-    monkeypatch.setattr(gpu_walk, "TAIL", 1)
-    calls = _spy(monkeypatch, "_together")
-    q_len = 130 if traced else 70
-    contract.check(problems.Case("sets", mask, batch=2, q_len=q_len, traced=traced), "pallas_gpu")
-    assert {args[1] for args, _ in calls} == {"kv", "q"}
-    assert {together for _, together in calls} == {(1, 1)}
 
 
 @needs_mosaic

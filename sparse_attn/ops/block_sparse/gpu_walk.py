@@ -13,10 +13,6 @@ from sparse_attn.ops import plgpu_compat
 
 ROWS = 64  # Rows of a matrix instruction: what one compute warpgroup holds.
 _SHARED_BYTES = 226 * 1024  # Of the 227 KiB a program may have; barriers need some.
-
-# To be tuned on a GPU; read whenever a kernel is traced.
-STREAMED_BYTES = 24 * 2**20  # Of heads served at a time, in 50 MB of L2 cache; 0: all at once.
-TAIL = 4  # Programs per processor, from all heads, that come last and even out the loads.
 SPLIT_BELOW = 2  # Programs per processor below which dk/dv splits groups of heads; 0: never.
 
 
@@ -64,7 +60,7 @@ class Lists:
         return lax.div(head, jnp.int32(self.tables_per_head))
 
     def program(self, refs, n, tile):
-        """The n-th program of this processor: a `Program`."""
+        """The n-th program of this processor, longest lists first: a `Program`."""
         item = self._first_item(refs) + n
         batch, head, listed, tile_row = (refs["items"][item, column] for column in range(4))
         at = batch if self.batched else 0
@@ -143,8 +139,7 @@ def lists_of(inputs, direction, num_heads_served):
         lengths = per_list[1].reshape(counts.shape[0], num_heads_served, -1, counts.shape[-1])
         lengths = lengths.sum(2)
     batch_size = inputs.q.shape[0]
-    together = _together(inputs, direction, num_heads_served, counts.shape[-1] * (own // rows))
-    items, costs = _items(lengths, batch_size, num_heads_served, own, rows, together, xp)
+    items, costs = _items(lengths, batch_size, num_heads_served, own, rows, xp)
     processors, bounds = len(items), None
     if xp is np:  # Known lengths are shared out; unknown ones are left to the GPU's scheduler.
         processors = min(plgpu_compat.processors(), len(items))
@@ -170,16 +165,13 @@ def _rows(inputs, own):
     return wg_rows, 2 * wg_rows if wide else wg_rows
 
 
-def _divisors(n):
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
 def group_parts(inputs):
     """Programs among which dk/dv splits a group of heads: several where columns are too few."""
     (batch_size, _, num_kv_heads, _), mask = inputs.k.shape, inputs.mask
     tiles_per_block = mask.block_kv // _rows(inputs, mask.block_kv)[1]
     programs = batch_size * num_kv_heads * mask.num_cols * tiles_per_block
-    parts = _divisors(inputs.q.shape[2] // num_kv_heads)
+    group = inputs.q.shape[2] // num_kv_heads
+    parts = [n for n in range(1, group + 1) if group % n == 0]
     wanted = SPLIT_BELOW * plgpu_compat.processors()
     return next((n for n in parts if n * programs >= wanted), parts[-1])
 
@@ -204,73 +196,30 @@ def sum_parts(grad, parts, lists, dtype):
     return grad.swapaxes(1, 2).astype(dtype)
 
 
-def _together(inputs, direction, num_heads, programs):
-    """(batch entries, heads) that are served at a time, so that the cache holds what they stream.
-
-    `num_heads` counts the heads that programs have, `programs` those of one in a batch entry.
-    """
-    batch_size, q_len, num_q_heads, dim = inputs.q.shape
-    _, kv_len, num_kv_heads, v_dim = inputs.v.shape
-    tail = TAIL * plgpu_compat.processors()
-    if not STREAMED_BYTES or batch_size * num_heads * programs <= tail:
-        return batch_size, num_heads
-    token_bytes = (dim + v_dim) * inputs.q.dtype.itemsize
-    if direction == "kv":  # The heads of a group stream the same K and V.
-        sharing, streamed = num_heads // num_kv_heads, kv_len * token_bytes
-    else:  # Q, dO, lse and delta of the query heads of a program.
-        sharing, streamed = 1, num_q_heads // num_heads * q_len * (token_bytes + 8)
-    units = num_heads // sharing
-    fit = max(1, STREAMED_BYTES // streamed)
-    heads = max(n for n in _divisors(units) if n <= fit)
-    entries = max(n for n in _divisors(batch_size) if n == 1 or n * units <= fit)
-    return entries, heads * sharing
-
-
-def _items(lengths, batch_size, num_heads, own, rows, together, xp):
-    """All programs: int32 `[n, 4]` (batch, head, mask row, tile row), and lengths of their lists.
-
-    One set of `together` (batch entries, heads) is served after the other, longest lists first.
-    Only the ends of all sets are served in turns, which evens out the loads of processors.
-    """
+def _items(lengths, batch_size, num_heads, own, rows, xp):
+    """All programs, longest first: int32 `[n, 4]` (batch, head, mask row, tile row), lengths."""
     masks, lists, num_rows = lengths.shape
-    sets = batch_size // together[0], num_heads // together[1]
-    # Sets with the same lists have the same order: it is found once.
-    orders = min(sets[0], masks), min(sets[1], lists)
-    masks, lists = masks // orders[0], lists // orders[1]  # Of a set, from here on.
-    lengths = lengths.reshape(orders[0], masks, orders[1], lists, num_rows)
-    lengths = lengths.swapaxes(1, 2).reshape(*orders, -1)
-    order = xp.argsort(-lengths, axis=-1, stable=True)
+    order = xp.argsort(-lengths.reshape(-1), stable=True)
     mask, rest = order // (lists * num_rows), order % (lists * num_rows)
     head, row = rest // num_rows, rest % num_rows
+    split = max(1, own // rows)
     # What the lists do not tell apart (heads, batch, tiles of a row) lies next to each other.
-    inner = (together[1] // lists, together[0] // masks, own // rows)
+    inner = (num_heads // lists, batch_size // masks, split)
     more_head, more_batch, part = (x.reshape(-1) for x in np.indices(inner))
     columns = (
-        mask[..., None] + more_batch,
-        head[..., None] + more_head,
-        row[..., None] + 0 * part,
-        row[..., None] * (own // rows) + part,
+        mask[:, None] + more_batch,
+        head[:, None] + more_head,
+        row[:, None] + 0 * part,
+        row[:, None] * (own // rows) + part,
     )
-    items = xp.stack([x.reshape(*orders, -1) for x in columns], -1).astype(np.int32)
-    first = np.zeros((*sets, 1, 4), np.int32)
-    first[..., 0, :2] = np.moveaxis(np.indices(sets), 0, -1) * together
-    items = (items + first).reshape(-1, items.shape[-2], 4)
-    costs = xp.repeat(xp.take_along_axis(lengths, order, -1), len(part), axis=-1)
-    costs = xp.broadcast_to(costs, (*sets, costs.shape[-1])).reshape(len(items), -1)
-    tail = -(-TAIL * plgpu_compat.processors() // len(items))
-    body = max(0, items.shape[1] - tail)
-
-    def in_turns(x):
-        ends = x[:, body:].swapaxes(0, 1)
-        return xp.concatenate([y.reshape(-1, *x.shape[2:]) for y in (x[:, :body], ends)])
-
-    return in_turns(items), in_turns(costs)
+    items = xp.stack([x.reshape(-1) for x in columns], -1).astype(np.int32)
+    return items, xp.repeat(lengths.reshape(-1)[order], len(part))
 
 
 def _share_out(items, costs, processors):
     """Items of each processor one behind the other, and where each begins `[processors + 1]`.
 
-    In order, each to the processor that has the least to do so far.
+    Longest first, each to the processor that has the least to do so far.
     """
     heap = [(0.0, p) for p in range(processors)]
     shares = [[] for _ in range(processors)]

@@ -2,10 +2,10 @@
 
 As `by_block`, without copies of the queries: the kernels of `triton_kernels.py` fetch the queries
 of each block by their number and write what they find to the entry's own place, `[B, T, n, N, ..]`.
-Partial results meet by their log-sum-exp, partial dq in a sum, both in one pass of XLA over the
-places. Any pattern that Triton can evaluate hides keys inside the blocks, the query's own among
-them. Some places of the lists are processed at a time, so that the partial results stay within
-`_AT_ONCE` numbers.  [arXiv:2508.18224, sec. 3]
+Partial results meet by their log-sum-exp, partial dq in a sum, both in one pass over the places.
+Any pattern that Triton can evaluate hides keys inside the blocks, the query's own among them. Some
+places of the lists are processed at a time, so that the partial results stay within `_AT_ONCE`
+numbers.  [arXiv:2508.18224, sec. 3]
 """
 
 from collections.abc import Callable
@@ -50,6 +50,16 @@ class Sum(NamedTuple):
     numbers: int
     segments: int
     warps: int
+
+
+class Merge(NamedTuple):
+    """How places are added: heads of queries of a program, and warps."""
+
+    rows: int
+    warps: int
+
+
+_MERGED = Merge(16, 4)
 
 
 class Tiles(NamedTuple):
@@ -164,11 +174,12 @@ def _steps(inputs):
     return jnp.moveaxis(selected.reshape(*selected.shape[:3], steps, places), 3, 0)
 
 
-def _over(steps, step, carry):
-    """`scan` of `step` that leaves one step alone, to be compiled with what is around it."""
+def _over(steps, step, dtype):
+    """The last result of `step(before, selected, dtype)`; those in between are float32."""
     if steps.shape[0] == 1:
-        return step(carry, steps[0])
-    return jax.lax.scan(lambda *x: (step(*x), None), carry, steps)[0]
+        return step(None, steps[0], dtype)
+    start = step(None, steps[0], jnp.float32)
+    return jax.lax.scan(lambda *x: (step(*x, jnp.float32), None), start, steps[1:])[0]
 
 
 def _launch(kernel, inputs, selected, tile: Tile, keys: int, arrays, outputs) -> tuple[Any, Any]:
@@ -200,24 +211,28 @@ def _launch(kernel, inputs, selected, tile: Tile, keys: int, arrays, outputs) ->
     return found, segments
 
 
-def _listed(selected, heads):
-    """Which places of each head's list hold a block: others were never written."""
-    listed = jnp.moveaxis(selected, 2, 3) >= 0
-    return jnp.repeat(listed, heads // selected.shape[2], axis=3)  # [B, T, places, N]
+def _merge(before, x, lses, selected, dtype) -> tuple[Any, Any]:
+    """Adds pieces `x [B, T, places, N, H]` to `before`, weighted by `lses` unless None.
 
-
-def _merge(out, lse, outs, lses, listed):
-    """Adds pieces `[B, T, places, N, ..]` to a float32 sum and its log-sum-exp."""
-    lses = jnp.where(listed, lses, -jnp.inf)
-    outs = jnp.where(listed[..., None], outs, 0).astype(jnp.float32)
-    top = jnp.maximum(lse, lses.max(2))
-    shift = jnp.where(top == -jnp.inf, 0, top)
-    before, weights = jnp.exp(lse - shift), jnp.exp(lses - shift[:, :, None])
-    total = before + weights.sum(2)
-    empty = total == 0
-    safe = jnp.where(empty, 1, total)
-    out = out * before[..., None] + (outs * weights[..., None]).sum(2)
-    return out / safe[..., None], jnp.where(empty, -jnp.inf, top + jnp.log(safe))
+    `before` is None or a sum and its lse; the new ones have `dtype`, and float32.
+    """
+    batch, length, places, heads, width = x.shape
+    rows = batch * length * heads
+    absent = jnp.zeros((1,), jnp.float32)
+    out, lse = before or (None, None)
+    has_lse = lses is not None
+    shapes = (
+        jax.ShapeDtypeStruct((batch, length, heads, width), dtype),
+        jax.ShapeDtypeStruct((batch, length, heads) if has_lse else (1,), jnp.float32),
+    )
+    return blocks_lib.jax_triton().triton_call(
+        x, *[absent if y is None else y for y in (lses, selected, out, lse)], rows,
+        kernel=triton_kernels.merge_kernel, out_shape=shapes, grid=(-(-rows // _MERGED.rows),),
+        num_warps=_MERGED.warps, num_stages=1,
+        HEADS=heads, TABLES=selected.shape[2], PLACES=places, WIDTH=width,
+        PADDED=blocks_lib._padded(width), ROWS=_MERGED.rows, SOFTMAX=has_lse,
+        BEFORE=before is not None,
+    )  # fmt: skip
 
 
 # --- Forward and backward -------------------------------------------------------------------------
@@ -231,7 +246,7 @@ def forward(inputs: inputs_lib.Inputs, kernel: str | None = None) -> tuple[jax.A
     batch, length, heads, _ = inputs.q.shape
     keys = min(tile.keys, blocks_lib._padded(inputs.block))
 
-    def step(carry, selected):
+    def step(before, selected, dtype):
         pieces = (batch, length, selected.shape[3], heads)
         found, _ = _launch(
             triton_kernels.forward_kernel, inputs, selected, tile, keys,
@@ -241,11 +256,9 @@ def forward(inputs: inputs_lib.Inputs, kernel: str | None = None) -> tuple[jax.A
                 jax.ShapeDtypeStruct(pieces, jnp.float32),
             ),
         )  # fmt: skip
-        return _merge(*carry, *found, _listed(selected, heads))
+        return _merge(before, *found, selected, dtype)
 
-    rows = (batch, length, heads)
-    nothing = jnp.zeros((*rows, inputs.v.shape[3])), jnp.full(rows, -jnp.inf)
-    out, lse = _over(_steps(inputs), step, nothing)
+    out, lse = _over(_steps(inputs), step, inputs.q.dtype)
     return out.astype(inputs.q.dtype), lse
 
 
@@ -257,12 +270,12 @@ def backward(
     chosen = _tiles(inputs)
     tile, likes = chosen.backward, (inputs.q, inputs.k, inputs.v)
     inputs = _halved(inputs, tile.rows)
-    batch, length, heads, _ = inputs.q.shape
+    batch, length = inputs.q.shape[:2]
     tables = inputs.sizes[0]
     # exp2(logits - inf) = 0 gives empty rows zero gradients.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * _LOG2E)
 
-    def step(sums, selected):
+    def step(before, selected, dtype):
         def outputs(segments):
             each = (batch, tables, segments, inputs.block)
             entries = (batch, length, selected.shape[3], *inputs.q.shape[2:])
@@ -275,13 +288,15 @@ def backward(
             triton_kernels.backward_kernel, inputs, selected, tile,
             blocks_lib._padded(inputs.block), (*likes, dout, lse, delta), outputs,
         )  # fmt: skip
-        dq = jnp.where(_listed(selected, heads)[..., None], dq, 0).astype(jnp.float32).sum(2)
+        dq = _merge(before and before[:2], dq, None, selected, dtype)
         dk = _sum(dk, segments, inputs, chosen.sum, inputs.scale)
         dv = _sum(dv, segments, inputs, chosen.sum, 1.0)
-        return tuple(a + b for a, b in zip(sums, (dq, dk, dv), strict=True))
+        if before is not None:
+            dk, dv = dk + before[2], dv + before[3]
+        return *dq, dk, dv
 
-    nothing = tuple(jnp.zeros(x.shape, jnp.float32) for x in likes)
-    grads = _over(_steps(inputs), step, nothing)
+    dq, _, dk, dv = _over(_steps(inputs), step, inputs.q.dtype)
+    grads = (dq, dk, dv)
     return inputs_lib.Grads(*(x.astype(y.dtype) for x, y in zip(grads, likes, strict=True)))
 
 

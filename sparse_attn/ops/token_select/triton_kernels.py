@@ -1,4 +1,4 @@
-"""Triton kernels over entries by block: forward, the whole backward pass, and sums of segments.
+"""Triton kernels over entries by block: forward, the whole backward pass, and their sums.
 
 A program keeps the keys of one block and fetches tile after tile of the queries that list it. A
 row of a tile is one head of one entry (a query and one of its blocks; entry `t * n + i` is place i
@@ -257,3 +257,55 @@ def sum_kernel(
     row = block * BLOCK + at // WIDTH
     to = ((head // KV_HEADS).to(tl.int64) * kv_len + row) * KV_HEADS + head % KV_HEADS
     tl.store(out + to * WIDTH + at % WIDTH, total * FACTOR, mask=inside & (row < kv_len))
+
+
+@triton.jit
+@typing.no_type_check
+def merge_kernel(
+    x, lses, selected, before, before_lse, num_rows, out, lse,
+    HEADS: tl.constexpr, TABLES: tl.constexpr, PLACES: tl.constexpr, WIDTH: tl.constexpr,
+    PADDED: tl.constexpr, ROWS: tl.constexpr, SOFTMAX: tl.constexpr, BEFORE: tl.constexpr,
+):  # fmt: skip
+    """Adds the places of `x [B, T, n, N, H]` that list a block, to `[B, T, N, H]`.
+
+    With SOFTMAX `x` are outputs, weighted by their `lses [B, T, n, N]`, and the result has an lse.
+    BEFORE are the results `[B, T, N, H]` and `[B, T, N]` of places that have been added already.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # A head of a query.
+    inside = row < num_rows
+    token, head = row // HEADS, row % HEADS
+    selected += (token * TABLES + head // (HEADS // TABLES)) * PLACES
+    first = token * PLACES * HEADS + head
+    acc = tl.zeros([ROWS, PADDED], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    shift = total
+    if BEFORE:
+        acc = tiles_lib._load_rows(before, row, inside, WIDTH, WIDTH, PADDED)
+    if SOFTMAX:
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        if BEFORE:
+            top = tl.load(before_lse + row, mask=inside, other=float("-inf"))
+        last = top
+        for i in range(PLACES):
+            listed = inside & (tl.load(selected + i, mask=inside, other=-1) >= 0)
+            found = tl.load(lses + first + i * HEADS, mask=listed, other=float("-inf"))
+            top = tl.maximum(top, found)
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        total = tl.exp(last - shift)
+        acc *= total[:, None]
+    for i in range(PLACES):
+        listed = inside & (tl.load(selected + i, mask=inside, other=-1) >= 0)
+        piece = tiles_lib._load_rows(x, first + i * HEADS, listed, WIDTH, WIDTH, PADDED)
+        piece = piece.to(tl.float32)
+        if SOFTMAX:
+            found = tl.load(lses + first + i * HEADS, mask=listed, other=float("-inf"))
+            weight = tl.exp(found - shift)
+            total += weight
+            piece *= weight[:, None]
+        acc += piece
+    if SOFTMAX:
+        safe = tl.where(total == 0.0, 1.0, total)
+        acc /= safe[:, None]
+        found = tl.where(total == 0.0, float("-inf"), shift + tl.log(safe))
+        tl.store(lse + row, found, mask=inside)
+    tiles_lib._store_rows(out, acc, row, inside, WIDTH, WIDTH, PADDED)
