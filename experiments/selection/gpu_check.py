@@ -138,49 +138,66 @@ def program(check: Check, arguments, dout, dlse):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _dense(scale, q, k, v, seen, dout, dlse):
-    """Some queries `[C, G, H]` of one list and all of its keys `[S, H]`, in float32."""
+def _one_list(check: Check, b, u, arguments, dout, dlse):
+    """The heads `[T, G, ..]` of list u of batch entry b, dense and float32, some queries at a time.
 
-    def f(q, k, v):
-        logits = jnp.einsum("cgh,sh->cgs", q, k, precision="highest") * scale
-        weights, lse = softmax.masked(logits, seen[:, None])
-        return jnp.einsum("cgs,sh->cgh", weights, v, precision="highest"), lse
+    Gives out, lse and dq of these heads, and dk and dv `[S, ..]` of their KV head.
+    """
+    group, shared = check.heads // check.tables, check.tables // check.kv_heads
+    pad = -check.length % min(_QUERIES, check.length)
 
-    (out, lse), pull = jax.vjp(f, *(x.astype(jnp.float32) for x in (q, k, v)))
-    dlse = jnp.where(lse == -jnp.inf, 0, dlse)
-    return out, lse, *pull((dout.astype(jnp.float32), dlse))
+    def pieces(x, fill=0):
+        x = jnp.pad(x, ((0, pad), *((0, 0),) * (x.ndim - 1)), constant_values=fill)
+        return x.reshape(-1, min(_QUERIES, check.length), *x.shape[1:])
+
+    def of_heads(x):
+        return jax.lax.dynamic_slice_in_dim(x[b], u * group, group, 1).astype(jnp.float32)
+
+    k, v = (arguments[n][b][:, u // shared].astype(jnp.float32) for n in "kv")
+    selected, ids = arguments["selected"][b, :, u], arguments["segment_ids"]
+    ids = jnp.ones((check.length,), jnp.int32) if ids is None else ids[b]
+    kv_ids = jnp.ones((check.keys,), jnp.int32) if arguments["segment_ids"] is None else ids
+    kv_pos = jnp.arange(check.keys)
+
+    def some(sums, xs):
+        q, dout, dlse, selected, ids, q_pos = xs
+        listed = (selected[..., None] == jnp.arange(-(-check.keys // check.block))).any(1)
+        seen = listed[:, kv_pos // check.block] & check.pattern.mask_fn(q_pos[:, None], kv_pos)
+        seen = seen & (ids[:, None] == kv_ids) & (ids[:, None] != 0)
+
+        def f(q, k, v):
+            logits = jnp.einsum("cgh,sh->cgs", q, k, precision="highest") * check.dims[0] ** -0.5
+            weights, lse = softmax.masked(logits, seen[:, None])
+            return jnp.einsum("cgs,sh->cgh", weights, v, precision="highest"), lse
+
+        (out, lse), pull = jax.vjp(f, q, k, v)
+        dq, *more = pull((dout, jnp.where(lse == -jnp.inf, 0, dlse)))
+        return [a + b for a, b in zip(sums, more, strict=True)], (out, lse, dq)
+
+    xs = (
+        *(pieces(of_heads(x)) for x in (arguments["q"], dout, dlse)),
+        pieces(selected, -1), pieces(ids), pieces(jnp.arange(check.length)),
+    )  # fmt: skip
+    sums, found = jax.lax.scan(some, [jnp.zeros_like(k), jnp.zeros_like(v)], xs)
+    found = [x.reshape(-1, *x.shape[2:])[: check.length] for x in found]
+    return *found, *sums
 
 
 def reference(check: Check, arguments, dout, dlse) -> dict[str, jax.Array]:
     """The same as `program`, dense."""
-    q, k, v, selected, ids = (arguments[n] for n in ("q", "k", "v", "selected", "segment_ids"))
-    selected = np.asarray(selected)
-    group, shared = check.heads // check.tables, check.tables // check.kv_heads
-    names = ("out", "lse", "dq", "dk", "dv")
-    shapes = (dout.shape, dlse.shape, q.shape, k.shape, v.shape)
-    total = {name: jnp.zeros(shape) for name, shape in zip(names, shapes, strict=True)}
-    kv_pos = np.arange(check.keys)
-    for b, u in np.ndindex(check.batch, check.tables):
-        heads, kv_head = slice(u * group, (u + 1) * group), u // shared
-        for start in range(0, check.length, _QUERIES):
-            at = slice(start, min(start + _QUERIES, check.length))
-            q_pos = np.arange(at.start, at.stop)
-            listed = np.zeros((q_pos.size, -(-check.keys // check.block) + 1), bool)
-            mine = np.minimum(selected[b, at, u], listed.shape[1] - 1)
-            np.put_along_axis(listed, mine, True, axis=1)  # -1, the last, is of no key.
-            seen = listed[:, kv_pos // check.block]
-            seen = seen & np.asarray(check.pattern.mask_fn(q_pos[:, None], kv_pos[None]))
-            if ids is not None:
-                mine = np.asarray(ids[b])
-                seen = seen & (mine[at, None] == mine[None]) & (mine[at, None] != 0)
-            found = _dense(
-                check.dims[0] ** -0.5, q[b, at, heads], k[b, :, kv_head], v[b, :, kv_head], seen,
-                dout[b, at, heads], dlse[b, at, heads],
-            )  # fmt: skip
-            for name, x in zip(names[:3], found, strict=False):
-                total[name] = total[name].at[b, at, heads].set(x)
-            for name, x in zip(names[3:], found[3:], strict=True):
-                total[name] = total[name].at[b, :, kv_head].add(x)
+    found = [
+        [_one_list(check, b, u, arguments, dout, dlse) for u in range(check.tables)]
+        for b in range(check.batch)
+    ]
+    shared = check.tables // check.kv_heads
+    total = {}
+    for i, name in enumerate(("out", "lse", "dq", "dk", "dv")):
+        rows = [[of_list[i] for of_list in entry] for entry in found]
+        if i < 3:  # Heads `[T, G, ..]` side by side.
+            total[name] = jnp.stack([jnp.concatenate(entry, 1) for entry in rows])
+        else:  # Those of a KV head are added.
+            sums = [[sum(e[u : u + shared]) for u in range(0, len(e), shared)] for e in rows]
+            total[name] = jnp.stack([jnp.stack(entry, 1) for entry in sums])
     return total
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 from sparse_attn.ops import tiles
 
 # Entries of a chunk: there are entries x chunk comparisons and entries / chunk x blocks counts.
-_CHUNK = {"cpu": 128, "gpu": 512, "tpu": 512}
+_CHUNK = {"cpu": 128, "gpu": 128, "tpu": 512}
 # Comparisons of a step. Accelerators never hold them: XLA sums them where it makes them; on a CPU
 # it does not.
 _AT_ONCE = {"cpu": 1 << 18, "gpu": 1 << 40, "tpu": 1 << 40}
