@@ -1,10 +1,12 @@
 """Times MoBA and NSA, stage by stage, beside dense causal attention of cuDNN.
 
     python -m experiments.selection.gpu_bench [--out DIR] [--lengths N ...] [--only moba nsa]
-                                              [--impl NAME] [--kernel NAME] [--best xla] [--tiny]
+                             [--memory N] [--impl NAME] [--kernel NAME] [--best xla] [--tiny]
 
 Every stage is a program of its own; arrays are bfloat16 and random, so neighbouring queries choose
 unlike blocks, which is the hardest case for packing them. Backward = both passes minus forward.
+Where torch and fla-core are installed, its NSA is timed on the same lists (`fla_nsa.py`).
+`--memory` runs all stages of a method, forward and backward, as one program at that length.
 `--tiny` runs all of it on a CPU in a minute, to see that it runs. One JSON file has all results:
 times (milliseconds), the temporary memory of each program (bytes) and the largest error against
 the dense definition on a short row.
@@ -21,6 +23,7 @@ import jax.numpy as jnp
 
 from experiments.kernels import bench
 from experiments.kernels.gpu_bench import median_ms
+from experiments.selection import fla_nsa
 from sparse_attn.ops import attend as attend_lib
 from sparse_attn.ops import scoring
 from sparse_attn.ops.token_select import attend as select_lib
@@ -73,6 +76,10 @@ class Clock:
         found = [self._row.pop(f"{name}_both_ms", None), self._row.get(f"{name}_fwd_ms")]
         if None not in found:
             self._row[f"{name}_bwd_ms"] = found[0] - found[1]
+
+    def both(self, fn, *args) -> None:
+        """Times `fn(*args)`, which makes outputs and gradients, as `both_ms`."""
+        self._time("both", fn, *args)
 
     def _time(self, name, fn, *args):
         try:
@@ -177,8 +184,42 @@ def moba(clock: Clock, sizes, backend: Backend, q, k, v) -> None:
         selected_attention(clock, backend, block, q, k, v, selected)
 
 
-def nsa(clock: Clock, sizes, backend: Backend, q, k, v) -> None:
-    """Native sparse attention with mean compression: three branches, scoring and selection."""
+def all_of_moba(sizes, backend: Backend, q, k, v) -> jax.Array:
+    """All stages of `moba`."""
+    selected = lists.by_mean_key(q, k, block=sizes["block"], top_k=sizes["top_k"])
+    return select_lib.attend(q, k, v, selected=selected, block=sizes["block"], **backend.for_lists)
+
+
+def all_of_nsa(sizes, backend: Backend, q, k, v) -> jax.Array:
+    """All stages of `nsa`, with gates of one."""
+    strides, block = compress.Strides(sizes["size"], sizes["stride"]), sizes["block"]
+    keys, values = (strides.windows(x).astype(jnp.float32).mean(2).astype(x.dtype) for x in (k, v))
+    out, lse = attend_lib.attend(
+        q, keys, values, mask=strides, return_lse=True, impl=backend.kernel
+    )
+    selected = compress.choose_blocks(
+        q, keys, lse, strides=strides, block=block, top_k=sizes["top_k"]
+    )
+    out += attend_lib.attend(q, k, v, mask=local.Local(sizes["window"]), impl=backend.kernel)
+    return out + select_lib.attend(q, k, v, selected=selected, block=block, **backend.for_lists)
+
+
+def memory(clock: Clock, name: str, sizes, backend: Backend, q, k, v) -> None:
+    """Both passes of all stages in one program; `both_temp_bytes` is what it needs besides."""
+    method = {"moba": all_of_moba, "nsa": all_of_nsa}[name]
+
+    def both(*floats):
+        out, pull = jax.vjp(functools.partial(method, sizes, backend), *floats)
+        return pull(jnp.ones_like(out))
+
+    clock.both(both, q, k, v)
+
+
+def nsa(clock: Clock, sizes, backend: Backend, q, k, v) -> Any:
+    """Native sparse attention with mean compression: three branches, scoring and selection.
+
+    Returns the lists of blocks, or None after an error.
+    """
     strides, kernel = compress.Strides(sizes["size"], sizes["stride"]), backend.kernel
     names = {"block": sizes["block"], "top_k": sizes["top_k"]}
 
@@ -232,6 +273,7 @@ def nsa(clock: Clock, sizes, backend: Backend, q, k, v) -> None:
     selected = clock.forward("scoring_and_selection", choose, q, k, lse)
     if selected is not None:
         selected_attention(clock, backend, names["block"], q, k, v, selected)
+    return selected
 
 
 METHODS = {"moba": (MOBA, moba), "nsa": (NSA, nsa)}
@@ -250,6 +292,16 @@ def error_on_a_short_row(sizes, backend: Backend) -> float | str:
     floats = [x.astype(jnp.float32) for x in (q, k, v)]
     want = select_lib.attend(*floats, impl="reference", **options)
     return float(jnp.abs(got.astype(jnp.float32) - want).max())
+
+
+def fla_rows(sizes, length: int, selected) -> dict[str, Any]:
+    """What `fla_nsa.time_fla` measures, or why it does not."""
+    try:
+        found = fla_nsa.time_fla(sizes, length, selected)
+    except Exception as error:  # Its package is missing, or it does not take this.
+        found = {"fla_error": f"{type(error).__name__}: {str(error)[:500]}"}
+    print(f"  {found}", flush=True)
+    return found
 
 
 def totals(row: dict[str, Any]) -> None:
@@ -271,7 +323,7 @@ def _cells(row):
     names = (
         "scoring_fwd", "selection_fwd", "plan_fwd", "compressed_fwd", "window_fwd",
         "attention_fwd", "fwd", "dense_fwd", "compressed_bwd", "window_bwd", "attention_bwd",
-        "bwd", "dense_bwd",
+        "bwd", "dense_bwd", "fla_attention_fwd", "fla_fwd", "fla_attention_bwd", "fla_bwd",
     )  # fmt: skip
     cells = {"method": row["method"], "length": row["length"]}
     cells |= {name.replace("_", " "): row.get(f"{name}_ms", "") for name in names}
@@ -282,6 +334,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="experiments/selection/results", help="folder")
     parser.add_argument("--lengths", nargs="+", type=int, help="tokens")
+    parser.add_argument("--memory", type=int, help="tokens of the run of all stages together")
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     on_gpu = jax.default_backend() == "gpu"
     parser.add_argument("--impl", choices=select_lib.BACKENDS, help="backend of the lists")
@@ -309,12 +362,21 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             row["error"] = error
             clock, (q, k, v) = Clock(row), arrays(sizes, length)
             dense(clock, q, k, v)
-            method(clock, sizes, backend, q, k, v)
+            selected = method(clock, sizes, backend, q, k, v)
+            if selected is not None and on_gpu:
+                row |= fla_rows(sizes, length, selected)
             totals(row)
             rows.append(row)
             # After every row: a run that is cut off keeps what it has.
             bench.write(rows, pathlib.Path(options.out) / "gpu_bench.json")
-    print(bench.table([_cells(row) for row in rows]))
+    for name in options.only if options.memory else ():
+        sizes = TINY[name] if options.tiny else METHODS[name][0]
+        row = {"method": name, "length": options.memory, "kernel": options.kernel, **sizes}
+        print(f"{name} {options.memory}, all stages", flush=True)
+        memory(Clock(row), name, sizes, backend, *arrays(sizes, options.memory))
+        rows.append(row)
+        bench.write(rows, pathlib.Path(options.out) / "gpu_bench.json")
+    print(bench.table([_cells(row) for row in rows if "both_temp_bytes" not in row]))
     return rows
 
 

@@ -13,8 +13,9 @@ from jaxtyping import Array, Int
 
 from sparse_attn.ops import tiles
 
-# Entries of a chunk: there are entries x chunk comparisons and entries / chunk x blocks counts.
-_CHUNK = {"cpu": 128, "gpu": 128, "tpu": 512}
+# There are entries x chunk comparisons and entries / chunk x blocks counts: at so many blocks per
+# entry of a chunk the counts grow with the entries alone.
+_BLOCKS_PER_ENTRY, _CHUNKS = 8, (32, 1024)
 # Comparisons of a step. Accelerators never hold them: XLA sums them where it makes them; on a CPU
 # it does not.
 _AT_ONCE = {"cpu": 1 << 18, "gpu": 1 << 40, "tpu": 1 << 40}
@@ -129,7 +130,8 @@ def _owners(ends, size):
 def _numbered(key, blocks):
     """How many equal keys stand before each of `key [m]`, and how many there are of each."""
     platform = tiles.target().platform
-    chunk = min(_CHUNK[platform], key.size)
+    chunk = 1 << (max(1, blocks // _BLOCKS_PER_ENTRY) - 1).bit_length()
+    chunk = min(max(chunk, _CHUNKS[0]), _CHUNKS[1], key.size)
     step = max(1, min(-(-key.size // chunk), _AT_ONCE[platform] // chunk**2))
     keys = jnp.pad(key, (0, -key.size % (step * chunk)), constant_values=blocks)
     keys = keys.reshape(-1, chunk)

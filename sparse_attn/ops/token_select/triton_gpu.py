@@ -116,9 +116,9 @@ def _preferred(inputs) -> tuple[Tile, Tile]:
     if widest * inputs.block <= 64 * 64:
         return Tile(128, 64, 4, 4, 2), Tile(64, _MAX_BLOCK, 32, 4, 2)
     if widest * inputs.block <= 128 * 64:
-        return Tile(128, 64, 16, 4, 2), Tile(32, _MAX_BLOCK, 32, 4, 2)
+        return Tile(128, 64, 16, 4, 2), Tile(32, _MAX_BLOCK, 128, 4, 2)
     if widest <= 128:
-        return Tile(128, 128, 4, 8, 2), Tile(64, _MAX_BLOCK, 32, 8, 2)
+        return Tile(64, 128, 16, 4, 3), Tile(64, _MAX_BLOCK, 32, 8, 2)
     return Tile(64, 64, 4, 8, 2), Tile(32, _MAX_BLOCK, 32, 8, 2)
 
 
