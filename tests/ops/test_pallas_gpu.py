@@ -206,7 +206,6 @@ def _spy(monkeypatch, name):
 @needs_mosaic
 @pytest.mark.parametrize("block, length, parts", [
     (128, 50, 4),
-    pytest.param(64, 70, 2, marks=pytest.mark.slow),
     pytest.param(32, 70, 2, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_groups_in_parts_agree_and_repeat(block, length, parts, monkeypatch):

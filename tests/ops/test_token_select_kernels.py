@@ -165,9 +165,10 @@ def test_best_backend_of_a_gpu(triton_gpu):
 
 
 @pytest.mark.slow
-def test_the_check_for_a_gpu_runs(triton_gpu, tmp_path, capsys):
+def test_the_check_for_a_gpu_runs(triton_gpu, tmp_path, capsys, monkeypatch):
     from experiments.selection import gpu_check
 
+    monkeypatch.setattr(gpu_check, "REPEATS", 2)
     assert gpu_check.main(["--tiny", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("ok   ") == len(gpu_check.TINY)
     (path,) = tmp_path.glob("gpu_check_*.json")
@@ -183,16 +184,9 @@ CELLS = [
     {"capability": "9.0", "group": 16},
     {"capability": "9.0", "group": 1, "block": 128, "documents": True},
     {"capability": "9.0", "group": 3, "block": 48, "head_dim": 80, "v_head_dim": 48},
-    {"capability": "9.0", "group": 1, "block": 128, "head_dim": 256, "tables": 2},
-    {"capability": "8.0", "group": 16, "documents": True},
-    {"capability": "8.0", "group": 1, "block": 128, "dtype": "float16"},
     {"capability": "8.0", "group": 2, "block": 64, "head_dim": 256},
-    {"capability": "8.0", "group": 2, "block": 128, "head_dim": 128, "dtype": "float32"},
     {"capability": "8.9", "group": 2, "block": 128, "head_dim": 128},
-    {"capability": "8.9", "group": 16, "block": 32, "head_dim": 256},
-    {"capability": "8.9", "group": 4, "block": 128, "head_dim": 64},
-    {"capability": "12.0", "group": 16},
-    {"capability": "12.0", "group": 2, "head_dim": 128, "dtype": "float32"},
+    {"capability": "12.0", "group": 16, "dtype": "float32"},
 ]
 
 
