@@ -48,6 +48,7 @@ class Setting:
     sizes: tuple[int, ...] = (12, 16, 32)  # embed_dim, and that of the one head
     lengths: tuple[int, ...] = (48, 96)  # tested; trained is the last
     budgets: tuple[int, ...] = (8, 16, 32)  # tokens that a query may see, about
+    seeds: int = 3  # of the weights and the training rows; test rows are the same
     steps: int = 400
     batch: int = 32
     test: int = 256
@@ -56,7 +57,7 @@ class Setting:
     @classmethod
     def tiny(cls) -> "Setting":
         """For tests: seconds on a CPU."""
-        return cls(sizes=(8,), lengths=(32,), budgets=(8,), steps=2, batch=2, test=4)
+        return cls(sizes=(8,), lengths=(32,), budgets=(8,), seeds=2, steps=2, batch=2, test=4)
 
 
 def model_of(size: int, pattern: Any = DENSE_PATTERN) -> transformer.Transformer:
@@ -100,32 +101,32 @@ def task_of(name: str, length: int) -> Any:
     return catalog.parse(TASKS[name].format(v=VOCAB, t=length))
 
 
-def batches(length: int, size: int, *, split: str) -> Any:
+def batches(length: int, size: int, *, split: str, seed: int = 0) -> Any:
     """Endless batches `[tasks, rows, T]` of all tasks."""
     return side_by_side.batches(
         [
-            catalog.Batches(task_of(name, length), split=split, seed=0, batch_size=size)
+            catalog.Batches(task_of(name, length), split=split, seed=seed, batch_size=size)
             for name in TASKS
         ]
     )
 
 
-def train(size: int, setting: Setting) -> Any:
+def train(size: int, setting: Setting, seed: int) -> Any:
     """Parameters `[tasks, ...]` of one dense model per task, trained side by side."""
     length = setting.lengths[-1]
     return side_by_side.train(
         model_of(size),
-        jax.random.split(jax.random.key(size), len(TASKS)),
-        batches(length, setting.batch, split="train"),
+        jax.random.split(jax.random.key(size + 1000 * seed), len(TASKS)),
+        batches(length, setting.batch, split="train", seed=seed),
         length=length, steps=setting.steps, rate=setting.rate,
     )  # fmt: skip
 
 
-def trained(size: int, setting: Setting, work: pathlib.Path) -> Any:
+def trained(size: int, setting: Setting, seed: int, work: pathlib.Path) -> Any:
     """Parameters from WORK, or trained and put there."""
-    path = work / f"{size}_{setting.lengths[-1]}_{setting.steps}_{setting.batch}.npz"
+    path = work / f"{size}_{setting.lengths[-1]}_{setting.steps}_{setting.batch}_{seed}.npz"
     if not path.exists():
-        params = train(size, setting)
+        params = train(size, setting, seed)
         work.mkdir(parents=True, exist_ok=True)
         np.savez(path, *jax.tree.leaves(params))
     example = jnp.zeros((1, setting.lengths[-1]), jnp.int32)
@@ -216,20 +217,24 @@ def main(argv: list[str] | None = None) -> int:
             continue
         began = time.perf_counter()
         if size not in loaded:
-            loaded = {size: trained(size, setting, options.work)}
+            seeds = range(setting.seeds)
+            loaded = {size: [trained(size, setting, seed, options.work) for seed in seeds]}
             print(f"size {size}: trained, {time.perf_counter() - began:.0f} s", flush=True)
         if length not in data:
             data[length] = next(batches(length, setting.test, split="test"))
         model = model_of(size, rule_of(name, budget or 0))
-        count = state.num_params(loaded[size]) // len(TASKS)
-        accuracy, density = measure(model, loaded[size], data[length])
+        count = state.num_params(loaded[size][0]) // len(TASKS)
+        measured = [measure(model, params, data[length]) for params in loaded[size]]
+        by_task = np.array([found for found, _ in measured]).T
+        accuracy, density = by_task.mean(1), float(np.mean([d for _, d in measured]))
         content["cells"] += [
             {
                 "size": size, "params": count, "length": length, "rule": name, "budget": budget,
-                "task": task, "accuracy": right, "chance": task_of(task, length).chance,
+                "task": task, "accuracy": float(seeds.mean()), "by_seed": seeds.tolist(),
+                "chance": task_of(task, length).chance,
                 "density": density, "flops": forward_flops(model, count, length, density),
             }
-            for task, right in zip(TASKS, accuracy, strict=True)
+            for task, seeds in zip(TASKS, by_task, strict=True)
         ]  # fmt: skip
         bench.write(content, path)
         told = ", ".join(f"{t} {a:.2f}" for t, a in zip(TASKS, accuracy, strict=True))

@@ -72,7 +72,7 @@ def test_it_goes_on_where_it_stopped(tmp_path, capsys):
 def cell(size, rule, budget, accuracy, spent, density=0.5, length=64):
     return {
         "size": size, "length": length, "rule": rule, "budget": budget, "task": "needle",
-        "accuracy": accuracy, "density": density, "flops": spent,
+        "accuracy": accuracy, "by_seed": [accuracy], "density": density, "flops": spent,
     }  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def test_the_frontier_is_what_no_other_beats(tmp_path):
     path = tmp_path / "frontier.json"
     path.write_text(json.dumps({"results": {"cells": cells}}))
     assert report.main(["--results", str(path)]) == 0
-    assert "| moba, 8   | 50%     | 0.40     | 0.70" in (tmp_path / "frontier.md").read_text()
+    assert "| moba, 8   | 50%     | 0.40 (0.40) | 0.70" in (tmp_path / "frontier.md").read_text()
     for name in ("density", "isoflop"):
         assert (tmp_path / f"frontier_{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert report.main(["--results", str(tmp_path / "none.json")]) == 1
