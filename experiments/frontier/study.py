@@ -148,8 +148,13 @@ def share_of(mask: block_mask.BlockMask) -> jax.Array:
     return (jnp.where(kept, pairs, 0).sum((-2, -1)) / pairs.sum()).mean()
 
 
-def measure(model: transformer.Transformer, params: Any, data: Any) -> tuple[list, float]:
-    """Accuracy of each task, and the density: visible pairs / causal pairs, mean of layers."""
+def measure(
+    model: transformer.Transformer, models: list[Any], data: Any
+) -> tuple[np.ndarray, float]:
+    """Accuracies `[tasks, seeds]`, and the density: visible pairs / causal pairs, mean of layers.
+
+    `models` are the parameters of each seed.
+    """
     pattern, length = model.config.pattern, data["inputs"].shape[-1]
     counted = isinstance(pattern, selection_base.Selector) and not hasattr(pattern, "top_k")
 
@@ -171,11 +176,12 @@ def measure(model: transformer.Transformer, params: Any, data: Any) -> tuple[lis
             logits, share = model.apply(*inputs), 0.0
         return side_by_side.accuracy(logits, batch), share
 
-    accuracy, share = run(params, data)
+    accuracies, shares = zip(*(run(params, data) for params in models), strict=True)
+    by_task = np.stack(accuracies, 1).astype(float)
     if counted:
-        return np.asarray(accuracy, float).tolist(), float(np.mean(share))
+        return by_task, float(np.mean(shares))
     cost = flops.attention_cost(model.config, context=length, batch_size=1)
-    return np.asarray(accuracy, float).tolist(), cost["token_density"] * 2 * length / (length + 1)
+    return by_task, cost["token_density"] * 2 * length / (length + 1)
 
 
 def forward_flops(model: transformer.Transformer, params: int, length: int, density: float):
@@ -224,9 +230,7 @@ def main(argv: list[str] | None = None) -> int:
             data[length] = next(batches(length, setting.test, split="test"))
         model = model_of(size, rule_of(name, budget or 0))
         count = state.num_params(loaded[size][0]) // len(TASKS)
-        measured = [measure(model, params, data[length]) for params in loaded[size]]
-        by_task = np.array([found for found, _ in measured]).T
-        accuracy, density = by_task.mean(1), float(np.mean([d for _, d in measured]))
+        by_task, density = measure(model, loaded[size], data[length])
         content["cells"] += [
             {
                 "size": size, "params": count, "length": length, "rule": name, "budget": budget,
@@ -237,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
             for task, seeds in zip(TASKS, by_task, strict=True)
         ]  # fmt: skip
         bench.write(content, path)
-        told = ", ".join(f"{t} {a:.2f}" for t, a in zip(TASKS, accuracy, strict=True))
+        told = ", ".join(f"{t} {a:.2f}" for t, a in zip(TASKS, by_task.mean(1), strict=True))
         print(f"{size} {length} {name} {budget}: density {density:.2f}, {told}", flush=True)
     return report.main(["--results", str(path)])
 
