@@ -85,7 +85,7 @@ CHECKS = (
     Check("one query", length=1, kv_len=300, pattern=full.Full()),
 )  # fmt: skip
 TINY = (
-    Check("nsa", 37, None, 8, 2, 2, 16, 4, (16, 24), "float32", at_once=1 << 13, documents=True),
+    Check("nsa", 37, None, 4, 2, 2, 16, 3, (16, 24), "float32", at_once=1 << 12, documents=True),
     Check("moba", 37, None, 2, 2, 2, 32, 3, (16, 16)),
 )
 

@@ -165,7 +165,7 @@ def test_uneven_programs_are_shared_out_evenly():
 
 @needs_mosaic
 @pytest.mark.slow
-@pytest.mark.parametrize("blocks", [(64, 128), (128, 64), (256, 256), (192, 32)])
+@pytest.mark.parametrize("blocks", [(64, 128), (256, 256), (192, 32)])
 def test_mask_blocks_and_tiles_are_independent(blocks):
     mask = problems.blocks(local.Local(window=70), *blocks)
     case = problems.Case("tiles", mask, q_len=300, heads=1, kv_heads=1)
@@ -174,7 +174,7 @@ def test_mask_blocks_and_tiles_are_independent(blocks):
 
 @needs_mosaic
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", [(64, 2, 1), (64, 3, 2), (128, 2, 2)])
+@pytest.mark.parametrize("schedule", [(64, 3, 1), (128, 2, 2)])
 def test_schedules_agree(schedule):
     rng = np.random.default_rng(0)
     states = rng.integers(0, 3, (2, 3, 3))

@@ -287,7 +287,7 @@ def test_the_best_are_forced_then_best_then_first():
 def test_the_bench_runs(tmp_path):
     from experiments.selection import gpu_bench
 
-    options = ["--tiny", "--only", "moba", "--memory", "300", "--out", str(tmp_path)]
+    options = ["--tiny", "--only", "moba", "--memory", "64", "--out", str(tmp_path)]
     row, together = gpu_bench.main(options)
     assert not [name for name in (*row, *together) if name.endswith("_error")]
     assert together["both_temp_bytes"] > 0

@@ -36,7 +36,7 @@ def _cells():
 def test_kernel_runs_the_lists(kernel):
     env = contract.environment(kernel)
     rng = np.random.default_rng(0)
-    length, block = 150, max(64, env.block or 0)
+    length, block = 90, max(64, env.block or 0)
     q, k, v, dout = (
         jnp.asarray(rng.standard_normal((1, length, n, env.head_dim)), env.dtype)
         for n in (4, 2, 2, 4)
@@ -121,8 +121,7 @@ def test_repeats_are_equal_bit_by_bit(triton_gpu):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("array", ["k", "v"])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("array, value", [("k", np.nan), ("v", np.inf)])
 def test_visible_nan_spoils_who_sees_it_and_no_other(array, value, triton_gpu):
     case = cases_lib.Case("spoiled", 40, None, 2, 1, 1, 2, 16, 1, dims=(16, 16))
     q, k, v, selected, ids, _, dout, dlse = cases_lib.build(case)
@@ -183,10 +182,8 @@ CELLS = [
     {"capability": "9.0", "group": 2, "block": 16, "head_dim": 16, "documents": True},
     {"capability": "9.0", "group": 16},
     {"capability": "9.0", "group": 1, "block": 128, "documents": True},
-    {"capability": "9.0", "group": 3, "block": 48, "head_dim": 80, "v_head_dim": 48},
-    {"capability": "8.0", "group": 2, "block": 64, "head_dim": 256},
+    {"capability": "8.0", "group": 3, "block": 48, "head_dim": 256, "v_head_dim": 80},
     {"capability": "8.9", "group": 2, "block": 128, "head_dim": 128},
-    {"capability": "12.0", "group": 16, "dtype": "float32"},
 ]
 
 

@@ -269,8 +269,7 @@ SHARED = {"8.0": 163 << 10, "8.9": 99 << 10, "9.0": 227 << 10}
 CELLS = [
     {"capability": "9.0", "widths": [512], "tokens": 2048, "means": 64},
     {"capability": "9.0", "widths": [256, 2048, 16384], "tokens": 32768},
-    {"capability": "9.0", "tokens": 131072, "documents": True, "group": 3},
-    {"capability": "8.9", "tokens": 65536, "dim": 256},
+    {"capability": "8.9", "tokens": 65536, "dim": 256, "documents": True, "group": 3},
     {"capability": "8.0", "tokens": 4096, "dtype": "float32"},
 ]
 
