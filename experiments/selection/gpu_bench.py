@@ -2,7 +2,7 @@
 
     python -m experiments.selection.gpu_bench [--out DIR] [--lengths N ...] [--only moba nsa]
                              [--memory N] [--impl NAME] [--kernel NAME] [--best xla] [--tiny]
-    python -m experiments.selection.gpu_bench --show FILE    # table and picture of stored results
+    python -m experiments.selection.gpu_report    # table and picture of the stored results
 
 Every stage is a program of its own; arrays are bfloat16 and random, so neighbouring queries choose
 unlike blocks, which is the hardest case for packing them. Backward = both passes minus forward.
@@ -15,7 +15,6 @@ the dense definition on a short row.
 
 import argparse
 import functools
-import json
 import pathlib
 import sys
 from typing import Any, NamedTuple
@@ -25,9 +24,9 @@ import jax.numpy as jnp
 
 from experiments.kernels import bench
 from experiments.kernels.gpu_bench import median_ms
-from experiments.selection import fla_nsa
+from experiments.selection import fla_nsa, gpu_report
 from sparse_attn.ops import attend as attend_lib
-from sparse_attn.ops import scoring
+from sparse_attn.ops import scoring, tiles
 from sparse_attn.ops.token_select import attend as select_lib
 from sparse_attn.ops.token_select import by_block, compress, lists
 from sparse_attn.ops.token_select import plan as plan_lib
@@ -138,7 +137,7 @@ def plans(inputs, name: str):
 
         rows = triton_gpu._tiles(inputs).forward.rows
         inputs = triton_gpu._halved(inputs, rows)
-        steps, tile = triton_gpu._steps(inputs), rows // triton_gpu._padded_group(inputs.sizes[1])
+        steps, tile = triton_gpu._steps(inputs), rows // tiles.power_of_two(inputs.sizes[1])
     else:
         return None
     blocks = -(-inputs.k.shape[1] // inputs.block)
@@ -321,84 +320,6 @@ def totals(row: dict[str, Any]) -> None:
             row[f"{way}_speed_up"] = row[f"dense_{way}_ms"] / row[f"{way}_ms"]
 
 
-STAGES = {
-    "fwd": ("scoring_and_selection", "compressed", "window", "attention"),
-    "bwd": ("compressed", "window", "attention"),
-}
-
-
-def report(rows, environment: dict[str, Any]) -> str:
-    """Markdown: milliseconds of the stages of each pass, and of all stages in one program."""
-    parts = [f"{environment['device']}, commit {environment['commit']}, milliseconds."]
-    stages = [row for row in rows if "dense_fwd_ms" in row]
-    for way, names in STAGES.items():
-        table = []
-        for row in stages:
-            cells = {"method": row["method"], "tokens": row["length"]}
-            cells |= {n.replace("_", " "): row.get(f"{n}_{way}_ms", "") for n in names}
-            cells |= {"all": row.get(f"{way}_ms", ""), "dense": row[f"dense_{way}_ms"]}
-            cells["dense / all"] = row.get(f"{way}_speed_up", "")
-            if any(f"fla_{way}_ms" in r for r in stages):
-                cells["fla attention"] = row.get(f"fla_attention_{way}_ms", "")
-                cells["fla all"] = row.get(f"fla_{way}_ms", "")
-            table.append(cells)
-        parts += [{"fwd": "Forward", "bwd": "Backward"}[way], bench.table(table)]
-    together = [
-        {
-            "method": row["method"], "tokens": row["length"], "both passes": row["both_ms"],
-            "GB besides inputs and gradients": row["both_temp_bytes"] / 1e9,
-        }
-        for row in rows
-        if "both_ms" in row
-    ]  # fmt: skip
-    if together:
-        parts += ["All stages in one program, forward and backward", bench.table(together)]
-    return "\n\n".join(parts)
-
-
-def plot(rows, path: pathlib.Path) -> None:
-    """Stacked bars of the stages beside dense attention, by method, pass and length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = [row for row in rows if "fwd_ms" in row and "bwd_ms" in row]
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    figure, axes = plt.subplots(1, 2 * len(methods), figsize=(4 * len(methods) + 4, 4))
-    cases = [(method, way) for method in methods for way in STAGES]
-    for axis, (method, way) in zip(axes, cases, strict=True):
-        mine = [row for row in rows if row["method"] == method]
-        below = [0.0] * len(mine)
-        for color, name in enumerate(STAGES["fwd"]):
-            if name not in STAGES[way]:
-                continue
-            # Of the dense time, so that lengths fit in one picture.
-            heights = [row.get(f"{name}_{way}_ms", 0.0) / row[f"dense_{way}_ms"] for row in mine]
-            axis.bar(
-                range(len(mine)), heights, bottom=below, color=f"C{color}",
-                label=name.replace("_", " "),
-            )  # fmt: skip
-            below = [a + b for a, b in zip(below, heights, strict=True)]
-        axis.axhline(1, color="black", linewidth=1, linestyle="--", label="dense (cuDNN)")
-        axis.set_xticks(range(len(mine)), [f"{row['length'] // 1024}k" for row in mine])
-        axis.set_title(f"{method}, {'forward' if way == 'fwd' else 'backward'}")
-    axes[0].set_ylabel("time / time of dense attention")
-    axes[-2].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def show(path: pathlib.Path) -> None:
-    """Prints the tables of a results file; writes them and the picture beside it."""
-    content = json.loads(path.read_text())
-    text = report(content["results"], content["environment"])
-    path.with_suffix(".md").write_text(text + "\n")
-    plot(content["results"], path.with_suffix(".png"))
-    print(text)
-
-
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="experiments/selection/results", help="folder")
@@ -414,16 +335,13 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         "--best", choices=("xla",), help="what scores and selects; default: as the op does"
     )
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it runs")
-    parser.add_argument("--show", type=pathlib.Path, help="only table and picture of this file")
     options = parser.parse_args(arguments)
-    if options.show is not None:
-        show(options.show)
-        return json.loads(options.show.read_text())["results"]
     if options.best == "xla":
         lists.kernels = lambda: None
     backend = Backend(options.impl, options.kernel)
     lengths = options.lengths or ((256,) if options.tiny else LENGTHS)
     rows: list[dict[str, Any]] = []
+    path = pathlib.Path(options.out) / "gpu_bench.json"
     for name in options.only:
         sizes, method = METHODS[name]
         sizes = TINY[name] if options.tiny else sizes
@@ -441,15 +359,15 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             totals(row)
             rows.append(row)
             # After every row: a run that is cut off keeps what it has.
-            bench.write(rows, pathlib.Path(options.out) / "gpu_bench.json")
+            bench.write(rows, path)
     for name in options.only if options.memory else ():
         sizes = TINY[name] if options.tiny else METHODS[name][0]
         row = {"method": name, "length": options.memory, "kernel": options.kernel, **sizes}
         print(f"{name} {options.memory}, all stages", flush=True)
         memory(Clock(row), name, sizes, backend, *arrays(sizes, options.memory))
         rows.append(row)
-        bench.write(rows, pathlib.Path(options.out) / "gpu_bench.json")
-    show(pathlib.Path(options.out) / "gpu_bench.json")
+        bench.write(rows, path)
+    gpu_report.show(path)
     return rows
 
 

@@ -61,7 +61,16 @@ def mask_block(length: int) -> int:
     >>> [mask_block(n) for n in (1, 33, 128, 100_000)]
     [16, 64, 128, 128]
     """
-    return min(128, max(16, 1 << (length - 1).bit_length()))
+    return min(128, max(16, power_of_two(length)))
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below `n >= 1`.
+
+    >>> [power_of_two(n) for n in (1, 2, 3, 64, 65)]
+    [1, 2, 4, 64, 128]
+    """
+    return 1 << (n - 1).bit_length()
 
 
 def tpu_tiles(*, step: str, group: int, wide: bool) -> tuple[tuple[int, int], ...]:
@@ -80,7 +89,7 @@ def tpu_tiles(*, step: str, group: int, wide: bool) -> tuple[tuple[int, int], ..
     ((512, 512), (256, 512), (128, 512), (128, 128))
     """
     rows = 1024 if wide else 2048
-    heads = 1 << (group - 1).bit_length()
+    heads = power_of_two(group)
     widest = 256 if wide else 512
     largest = max(128, min(256 if wide and step == "backward" else 512, rows // heads))
     # Many heads on the least queries: fewer keys keep the logits as small.

@@ -152,6 +152,19 @@ def _programs(mask, side, heads, kv_heads):
     return records[:, np.lexsort((-work.ravel(), owner.ravel()))]
 
 
+def shared_bytes() -> int:
+    """Shared memory that one program may take on the target.
+
+    >>> with tiles.assume(tiles.Target("gpu", "NVIDIA H100", "9.0")):
+    ...     shared_bytes() >> 10
+    227
+    """
+    capability = float(tiles.target().compute_capability)
+    if 9.0 <= capability < 12.0:
+        return 227 << 10
+    return (163 if capability in (8.0, 8.7) else 99) << 10
+
+
 def jax_triton() -> types.ModuleType:
     """The module; NotImplementedError where it cannot be imported."""
     # Imported here: it raises on a JAX without CUDA.
@@ -177,7 +190,7 @@ def _rule(inputs):
 
 
 def _padded(head_dim):
-    return max(16, 1 << (head_dim - 1).bit_length())
+    return max(16, tiles.power_of_two(head_dim))
 
 
 def _tiles(inputs) -> Tiles:

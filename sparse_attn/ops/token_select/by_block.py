@@ -56,9 +56,7 @@ class _Shape(NamedTuple):
         _, group, _ = inputs.sizes
         count = inputs.selected.shape[3]
         copy = batch * length * heads * max(width, inputs.v.shape[-1])
-        places = max(1, min(count, _AT_ONCE[tiles.target().platform] // copy))
-        steps = -(-count // places)
-        places = -(-count // steps)
+        places, steps = plan_lib.split(count, _AT_ONCE[tiles.target().platform] // copy)
         unit = math.lcm(64, group)
         tile = -(-_ROWS // unit) * unit // group
         blocks = -(-inputs.k.shape[1] // inputs.block)
@@ -169,9 +167,7 @@ def _steps(inputs, shape):
     """Blocks before the query's own, in `[steps, B, T, U, places]`."""
     own = jnp.arange(inputs.q.shape[1], dtype=jnp.int32) // inputs.block
     chosen = jnp.where(inputs.selected < own[:, None, None], inputs.selected, -1)
-    extra = shape.steps * shape.places - chosen.shape[3]
-    chosen = jnp.pad(chosen, ((0, 0),) * 3 + ((0, extra),), constant_values=-1)
-    return jnp.moveaxis(chosen.reshape(*chosen.shape[:3], shape.steps, shape.places), 3, 0)
+    return plan_lib.in_steps(chosen, shape.places, shape.steps)
 
 
 # --- Forward and backward -------------------------------------------------------------------------

@@ -59,6 +59,27 @@ def most_tiles(entries: int, *, tile: int, blocks: int) -> int:
     return blocks + -(-entries // tile)
 
 
+def split(count: int, most: int) -> tuple[int, int]:
+    """For `count` places of a list: how many at a time, `most` or fewer but one, and how often.
+
+    >>> split(16, 6), split(16, 0), split(3, 9)
+    ((6, 3), (1, 16), (3, 1))
+    """
+    steps = -(-count // max(1, min(count, most)))
+    return -(-count // steps), steps
+
+
+def in_steps(selected: Int[Array, "B T U n"], places: int, steps: int) -> Int[Array, "s B T U p"]:
+    """Lists with so many places at a time, -1 at the end.
+
+    >>> in_steps(jnp.arange(3).reshape(1, 1, 1, 3), 2, 2).ravel().tolist()
+    [0, 1, 2, -1]
+    """
+    widths = ((0, 0),) * 3 + ((0, steps * places - selected.shape[3]),)
+    selected = jnp.pad(selected, widths, constant_values=-1)
+    return jnp.moveaxis(selected.reshape(*selected.shape[:3], steps, places), 3, 0)
+
+
 def plan(selected: Int[Array, "B T U n"], *, tile: int, blocks: int) -> Plan:
     """Places for the entries of lists of blocks, -1 = none; `tile` entries a tile.
 
@@ -130,7 +151,7 @@ def _owners(ends, size):
 def _numbered(key, blocks):
     """How many equal keys stand before each of `key [m]`, and how many there are of each."""
     platform = tiles.target().platform
-    chunk = 1 << (max(1, blocks // _BLOCKS_PER_ENTRY) - 1).bit_length()
+    chunk = tiles.power_of_two(max(1, blocks // _BLOCKS_PER_ENTRY))
     chunk = min(max(chunk, _CHUNKS[0]), _CHUNKS[1], key.size)
     step = max(1, min(-(-key.size // chunk), _AT_ONCE[platform] // chunk**2))
     keys = jnp.pad(key, (0, -key.size % (step * chunk)), constant_values=blocks)

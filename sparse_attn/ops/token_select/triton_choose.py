@@ -66,7 +66,7 @@ def scores_tile(dtype: Any, head_dim: int) -> Tile:
         return Tile(columns=32, keys=32, warps=4, stages=1)
     if head_dim <= 128:
         return Tile(columns=128, keys=64, warps=4, stages=2)
-    roomy = _shared_bytes() > 128 << 10
+    roomy = triton_gpu.shared_bytes() > 128 << 10
     return Tile(columns=128 if roomy else 64, keys=64 if roomy else 32, warps=4, stages=2)
 
 
@@ -96,12 +96,12 @@ def takes_scores(q: Array, keys: Array, strides: Any, block: int, top_k: int) ->
 
 def takes_gate(q: Array, blocks: int, count: int) -> bool:
     """Whether `gate` runs on these shapes; float32 products have no matrix unit."""
-    padded = max(16, _padded(blocks))
-    operands = (gate_tile(padded).queries + padded) * max(16, _padded(q.shape[3])) * 2
+    padded = triton_gpu._padded(blocks)
+    operands = (gate_tile(padded).queries + padded) * triton_gpu._padded(q.shape[3]) * 2
     return (
         count <= _MOST_TAKEN
         and blocks <= _MOST_MEANS
-        and operands < _shared_bytes()
+        and operands < triton_gpu.shared_bytes()
         and q.dtype in (jnp.bfloat16, jnp.float16)
     )
 
@@ -124,7 +124,7 @@ def largest(key: Float[Array, "*B n"], count: int) -> Int[Array, "*B m"]:
       key: float32 without NaN; see `takes_rows`.
     """
     lead, width = key.shape[:-1], key.shape[-1]
-    padded = _padded(width)
+    padded = tiles.power_of_two(width)
     tile = rows_tile(padded)
 
     def call(_, key):
@@ -165,7 +165,7 @@ def block_scores(
     """
     heads, kv_heads, dim = q.shape[2], keys.shape[2], q.shape[3]
     tile = scores_tile(q.dtype, dim)
-    group, per = 1 << (heads // kv_heads - 1).bit_length(), block // strides.stride
+    group, per = tiles.power_of_two(heads // kv_heads), block // strides.stride
     queries = max(1, tile.columns // group)
     width, parts = max(tile.keys, per), overlaps(strides, block)
 
@@ -178,7 +178,7 @@ def block_scores(
             out_shape=(jax.ShapeDtypeStruct(shape, jnp.float32),),
             grid=(q.shape[0] * -(-chunk // queries) * kv_heads,),
             num_warps=tile.warps, num_stages=tile.stages,
-            HEADS=heads, KV_HEADS=kv_heads, H=dim, HP=max(16, _padded(dim)), GROUP=group,
+            HEADS=heads, KV_HEADS=kv_heads, H=dim, HP=triton_gpu._padded(dim), GROUP=group,
             QUERIES=queries, KEYS=width, BLOCK=block, SIZE=strides.size, STRIDE=strides.stride,
             OVERLAPS=parts, SCALE=scale, IDS=has_documents,
         )  # fmt: skip
@@ -221,7 +221,7 @@ def best_blocks(
       starts: where the document of each token starts.
     """
     _, num_parts, chunk, lists, blocks = parts.shape
-    padded = _padded(blocks)
+    padded = tiles.power_of_two(blocks)
     tile = rows_tile(padded)
 
     def call(start, parts, *starts):
@@ -260,7 +260,7 @@ def gate(
       documents: ids `[B, T]`, and the least and the largest id in each block `[B, n]`.
     """
     heads, kv_heads, dim = q.shape[2], means.shape[2], q.shape[3]
-    padded = max(16, _padded(blocks))
+    padded = triton_gpu._padded(blocks)
     tile = gate_tile(padded)
 
     def call(start, q, means, *documents):
@@ -270,25 +270,13 @@ def gate(
             kernel=choose_kernels.gate_kernel,
             out_shape=(jax.ShapeDtypeStruct((q.shape[0], chunk, heads, count), jnp.int32),),
             grid=(q.shape[0] * -(-chunk // tile.queries) * heads,), num_warps=tile.warps,
-            num_stages=1, HEADS=heads, KV_HEADS=kv_heads, H=dim, HP=max(16, _padded(dim)),
+            num_stages=1, HEADS=heads, KV_HEADS=kv_heads, H=dim, HP=triton_gpu._padded(dim),
             BLOCK=block, IDS=has_documents, COUNT=count, QUERIES=tile.queries, WIDTH=padded,
         )  # fmt: skip
         return out
 
     has_documents = documents is not None
     return _over_batch(call, start, q, means.astype(q.dtype), *(documents or ()))
-
-
-def _shared_bytes():
-    """Shared memory that one program may take."""
-    capability = float(tiles.target().compute_capability)
-    if 9.0 <= capability < 12.0:
-        return 227 << 10
-    return (163 if capability in (8.0, 8.7) else 99) << 10
-
-
-def _padded(n):
-    return 1 << (n - 1).bit_length()
 
 
 def _over_batch(call: Callable[..., Array], start: Array, *arrays: Array) -> Array:

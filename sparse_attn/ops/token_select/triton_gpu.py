@@ -124,11 +124,9 @@ def _preferred(inputs) -> tuple[Tile, Tile]:
 
 def _fitted(tile: Tile, size: Callable[[Tile], int]) -> Tile | None:
     """The first of fewer stages and then fewer rows whose `size` in bytes fits the device."""
-    capability = float(tiles.target().compute_capability)
-    limit = 227 if 9.0 <= capability < 12.0 else 163 if capability == 8.0 else 99
     rows = [tile.rows >> i for i in range(tile.rows.bit_length() - 4)]
     candidates = [tile._replace(rows=r, stages=s) for r in rows for s in range(tile.stages, 0, -1)]
-    return next((t for t in candidates if size(t) <= limit << 10), None)
+    return next((t for t in candidates if size(t) <= blocks_lib.shared_bytes()), None)
 
 
 def _forward_bytes(inputs, tile: Tile) -> int:
@@ -158,22 +156,12 @@ def _halved(inputs, rows: int):
     return inputs._replace(selected=jnp.repeat(inputs.selected, times, axis=2))
 
 
-def _padded_group(group: int) -> int:
-    """Rows of an entry in a tile."""
-    return 1 << (group - 1).bit_length()
-
-
 def _steps(inputs):
     """The lists in `[steps, B, T, U, places]`, so that partial results stay small."""
     batch, length, heads, width = inputs.q.shape
-    count = inputs.selected.shape[3]
     each = batch * length * heads * max(width, inputs.v.shape[-1])
-    places = max(1, min(count, _AT_ONCE // each))
-    steps = -(-count // places)
-    places = -(-count // steps)
-    widths = ((0, 0),) * 3 + ((0, steps * places - count),)
-    selected = jnp.pad(inputs.selected, widths, constant_values=-1)
-    return jnp.moveaxis(selected.reshape(*selected.shape[:3], steps, places), 3, 0)
+    found = plan_lib.split(inputs.selected.shape[3], _AT_ONCE // each)
+    return plan_lib.in_steps(inputs.selected, *found)
 
 
 def _over(steps, step, dtype):
@@ -192,7 +180,7 @@ def _launch(kernel, inputs, selected, tile: Tile, keys: int, arrays, outputs) ->
     tables, group, _ = inputs.sizes
     batch, q_len, heads, width = inputs.q.shape
     kv_len, kv_heads, v_width = inputs.v.shape[1:]
-    padded = _padded_group(group)
+    padded = tiles.power_of_two(group)
     size = tile.rows // padded
     blocks = -(-kv_len // inputs.block)
     plan = plan_lib.plan(selected, tile=size, blocks=blocks)
@@ -298,8 +286,8 @@ def backward(
         return *dq, dk, dv
 
     dq, _, dk, dv = _over(_steps(inputs), step, inputs.q.dtype)
-    grads = (dq, dk, dv)
-    return inputs_lib.Grads(*(x.astype(y.dtype) for x, y in zip(grads, likes, strict=True)))
+    grads = zip((dq, dk, dv), likes, strict=True)
+    return inputs_lib.Grads(*(x.astype(like.dtype) for x, like in grads))
 
 
 def _sum(x, segments: plan_lib.Segments, inputs, tile: Sum, factor: float):
