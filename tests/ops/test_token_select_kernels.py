@@ -1,9 +1,6 @@
 """Lists of blocks on the accelerators' kernels, by their interpreters where there is no device."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +11,7 @@ from sparse_attn.ops import attend as attend_lib
 from sparse_attn.ops import tiles
 from sparse_attn.ops.token_select import attend as select_lib
 from sparse_attn.patterns import causal, full, local
-from tests.ops import contract, oracle
+from tests.ops import contract, oracle, triton_compile
 from tests.ops import test_token_select as cases_lib
 
 
@@ -36,7 +33,7 @@ def _cells():
 def test_kernel_runs_the_lists(kernel):
     env = contract.environment(kernel)
     rng = np.random.default_rng(0)
-    length, block = 90, max(64, env.block or 0)
+    length, block = 150, max(64, env.block or 0)
     q, k, v, dout = (
         jnp.asarray(rng.standard_normal((1, length, n, env.head_dim)), env.dtype)
         for n in (4, 2, 2, 4)
@@ -176,8 +173,6 @@ def test_the_check_for_a_gpu_runs(triton_gpu, tmp_path, capsys, monkeypatch):
     assert all(set(r["errors"]) == {"out", "lse", "dq", "dk", "dv"} for r in results)
 
 
-# Capability -> bytes of shared memory that one program may take.
-SHARED = {"8.0": 163 << 10, "8.9": 99 << 10, "9.0": 227 << 10, "12.0": 99 << 10}
 CELLS = [
     {"capability": "9.0", "group": 2, "block": 16, "head_dim": 16, "documents": True},
     {"capability": "9.0", "group": 16},
@@ -193,17 +188,10 @@ CELLS = [
 )
 def test_kernels_compile_for(cell, tmp_path):
     """As of the block kernels: the compiler takes them, and they fit the device."""
-    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.ops.triton_compile", json.dumps(cell)],
-        env=os.environ | environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    reports = triton_compile.reports(cell, tmp_path)
     names = ["forward", "merge", "backward", "merge", "sum", "sum"]
     assert [r["kernel"].removesuffix("_kernel") for r in reports] == names
     for report in reports:
-        assert report["shared"] <= SHARED[cell["capability"]], report
         products = report["kernel"] in ("forward_kernel", "backward_kernel")
         products = products and cell.get("dtype") != "float32"
         assert (report["matrix"] > 0) == products, report

@@ -9,7 +9,11 @@ Prints one JSON line per kernel: its name, shared memory (bytes) and matrix inst
 
 import functools
 import json
+import os
+import pathlib
+import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +28,24 @@ from sparse_attn.ops.token_select import attend as select_lib
 from sparse_attn.ops.token_select import compress, lists
 from sparse_attn.patterns import causal, local
 
+# Capability -> bytes of shared memory that one program may take.
+SHARED = {"8.0": 163 << 10, "8.9": 99 << 10, "9.0": 227 << 10, "12.0": 99 << 10}
 _TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32", "uint8": "u8"}
+
+
+def reports(cell: dict[str, Any], cache: pathlib.Path) -> list[dict[str, Any]]:
+    """What this program prints for a cell; every kernel fits the shared memory of its device."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ops.triton_compile", json.dumps(cell)],
+        env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    capability = cell.get("choose", cell)["capability"]
+    for report in found:
+        assert report["shared"] <= SHARED[capability], report
+    return found
 
 
 def triton_call(*args, kernel, out_shape, grid, num_warps, num_stages, **constants):
