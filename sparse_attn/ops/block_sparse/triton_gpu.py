@@ -130,7 +130,7 @@ def _programs(mask, side, heads, kv_heads):
     """What each program works on, int32 `[M, P, G, 6]`: see `_record`.
 
     Rows: one program per head and block, G = 1. Columns: one per KV head and block, with the G
-    query heads of its group. Static ones start with the longest, so that none is left for the end.
+    query heads of its group. The longest come first, so that none is left for the end.
     """
     xp = np if mask.is_static else jnp
     groups = np.arange(heads).reshape(heads if side == "kv" else kv_heads, 1, -1)
@@ -143,13 +143,15 @@ def _programs(mask, side, heads, kv_heads):
     block = np.arange(shape[2])[:, None]
     fields = [xp.broadcast_to(x, shape) for x in (groups, block, tables, *lists)]
     records = xp.stack(fields, -1).reshape(shape[0], -1, shape[3], 6).astype(np.int32)
-    if not mask.is_static or mask.batch > 1:
-        return records
-    work = lists[2][0].sum(-1)
-    owner = np.broadcast_to(np.arange(shape[1])[:, None], work.shape)
-    # Far above the mean: at once. The rest head by head, whose keys then stay in the cache.
-    owner = np.where(work > 2 * work.mean(), -1, owner)
-    return records[:, np.lexsort((-work.ravel(), owner.ravel()))]
+    work = lists[2].sum(-1)
+    owner = np.arange(shape[1])[:, None]
+    if mask.is_static:
+        # Far above the mean: at once. The rest head by head, whose keys then stay in the cache.
+        owner = np.where(work > 2 * work.mean((1, 2), keepdims=True), -1, owner)
+        order = np.lexsort([x.reshape(shape[0], -1) for x in (-work, owner)])
+    else:  # Sorting them all together would take longer than it gains.
+        order = jnp.argsort(-work) + owner * shape[2]
+    return xp.take_along_axis(records, order.reshape(shape[0], -1, 1, 1), 1)
 
 
 def shared_bytes() -> int:
@@ -216,7 +218,8 @@ def _tiles(inputs) -> Tiles:
 
 def _busy(inputs) -> bool:
     """Whether elements take much more than their product: wide tiles then run out of registers."""
-    if inputs.key_bias is not None or inputs.logits_soft_cap is not None:
+    extras = (inputs.key_bias, inputs.logits_soft_cap, inputs.q_segment_ids)
+    if any(x is not None for x in extras):
         return True
     mask = inputs.mask
     return mask.is_static and 2 * mask.kv_partial_counts.sum() > mask.kv_counts.sum()
