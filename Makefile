@@ -62,13 +62,11 @@ lint: $(VENV)/.requirements-dev
 # The oldest supported Python stops at jax 0.10.x. What differs there is the syntax and the API of
 # jax, not the mathematics: every file is compiled, the examples in docstrings run, and so do the
 # fast tests of what reaches deepest into jax, with fewer draws: kernels, one layer, training (whose
-# golden runs are of a whole model), checkpoints, meshes, and the program's command line.
+# golden runs are of a whole model), checkpoints, and the program's command line.
 # Triton's own compiler is the same on both, `reference` is what the other backends are held
 # against, and rules of selection are sums and sorts, whose examples take long to compile.
 ON_PY311 := sparse_attn --ignore=sparse_attn/selection $(addprefix tests/,launch/test_launch.py \
-  masks/test_block_mask.py models/test_attention.py ops/test_attend.py ops/test_contract.py parallel \
-  train/test_checkpoint.py train/test_golden.py train/test_loop.py train/test_optim.py \
-  train/test_state.py)
+  models/test_attention.py ops/test_contract.py train/test_checkpoint.py train/test_golden.py)
 test-py311: $(VENV)/.requirements-dev
 	if [ "$$($(VENV)/bin/python -c 'import sys; print(sys.version_info[:2])')" = "(3, 11)" ]; then \
 	  echo "test-py311: 'make test' already runs on Python 3.11, nothing to add"; \

@@ -14,7 +14,7 @@ _WITHOUT_SHRINKING = (
 )  # fmt: skip
 
 # The draws are the same in every run; a test that needs more of them than these says so itself.
-hypothesis.settings.register_profile("default", derandomize=True, deadline=None, max_examples=40)
+hypothesis.settings.register_profile("default", derandomize=True, deadline=None, max_examples=30)
 # For the second Python version: the same properties, fewer draws, no search for the smallest case.
 hypothesis.settings.register_profile(
     "quick", derandomize=True, deadline=None, max_examples=5, phases=_WITHOUT_SHRINKING
