@@ -185,6 +185,7 @@ def compile_flex(work, time_build: bool) -> dict:
             mask = make()
             torch.cuda.synchronize()
             build = 1e3 * (time.perf_counter() - started)
+        torch.cuda.empty_cache()  # Uncompiled, it made every pair; others need the memory.
     attention = torch.compile(flex.flex_attention, dynamic=False)
     gqa = work.heads != work.kv_heads
 

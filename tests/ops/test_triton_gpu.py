@@ -187,7 +187,10 @@ def test_static_programs_begin_with_the_longest():
 CELLS = [
     {"capability": capability, "head_dim": dim, "everything": everything}
     for capability, dim, everything in (
-        ("8.9", 64, False), ("8.9", 256, True), ("9.0", 128, True), ("9.0", 256, False),
+        ("8.9", 64, False),
+        ("8.9", 256, True),
+        ("9.0", 128, True),
+        ("9.0", 256, False),
         ("12.0", 64, True),
     )
 ] + [
