@@ -83,7 +83,7 @@ def match(
 ) -> tuple[Row, float | None] | None:
     """The row of this mask and these sizes, and its speed-up over dense attention.
 
-    The speed-up is the time of the fastest implementation on the `dense` mask in the same file,
+    Where several kernels were measured, the row is that of the fastest. The speed-up is the time of the fastest implementation on the `dense` mask in the same file,
     this package's included, over the time of this package on this mask. None: no such row.
 
     >>> found = match(base.parse("local(window=512)"), device="cpu", tokens=8192, heads=4,
@@ -98,7 +98,7 @@ def match(
         if (r.device, r.tokens, r.heads, r.kv_heads, r.head_dim, r.passes) == sizes
     ]
     wanted = frozenset(p.expression() for p in _union(pattern))
-    row = next((r for r in same if r.parts == wanted), None)
+    row = min((r for r in same if r.parts == wanted), key=lambda r: r.ours, default=None)
     if row is None:
         return None
     fastest = _fastest(same, row.source, dense)
@@ -117,7 +117,7 @@ def break_even(
 
     A line through the times of random blocks at several densities, against the fastest
     implementation on the `dense` mask, at the measured length nearest to `tokens`. At most the
-    density of that mask itself.
+    density of that mask itself. Where several kernels were measured, the highest of theirs.
 
     >>> all(0 < density <= 0.5 for density, _ in break_even("cpu", 8192, "forward").values())
     True
@@ -136,7 +136,8 @@ def break_even(
         slope, start = np.polyfit(list(points), list(points.values()), 1)
         if slope > 0 and fastest > start:
             at = min(DENSE[dense], (fastest - start) / slope)
-            found[block] = (float(at), f"{source}, {len(points)} densities at {nearest} tokens")
+            result = (float(at), f"{source}, {len(points)} densities at {nearest} tokens")
+            found[block] = max(result, found.get(block, result))
     return found
 
 

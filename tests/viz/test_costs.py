@@ -65,10 +65,14 @@ def test_what_limits_the_bound():
 
 
 def test_rows_of_the_stored_results_are_found_and_keep_to_the_bound():
-    checked = 0
+    fastest = {}  # Of the kernels that were measured on the same mask, sizes and device.
     for row in measured.rows():
         if row.parts is None or row.passes != "forward":
             continue
+        sizes = (row.parts, row.tokens, row.head_dim, row.heads, row.kv_heads, row.device)
+        fastest[sizes] = min(row, fastest.get(sizes, row), key=lambda r: r.ours)
+    assert len(fastest) >= 5
+    for row in fastest.values():
         found = viz.cost(
             " | ".join(sorted(row.parts)), row.tokens, row.head_dim, row.heads, row.device,
             kv_heads=row.kv_heads,
@@ -76,8 +80,6 @@ def test_rows_of_the_stored_results_are_found_and_keep_to_the_bound():
         assert found.measured == row
         if row.unit == "Mcycles":  # Times of a CPU scatter too much.
             assert found.measured_speedup <= found.bound
-        checked += 1
-    assert checked >= 5
 
 
 def cpu_row(mask, ms, density=None, **changes):
@@ -146,6 +148,16 @@ def test_results_of_a_gpu(tmp_path):
     known = {even.block: even for even in found.break_even}
     assert known[128].block_density == 0.5
     assert known[64].source == "model"
+    # A slower kernel, measured on the same device, hides nothing of this one.
+    slower = [r | {k: 3 * r[k] for k in ("fwd_ms", "bwd_ms") if k in r} for r in rows]
+    for name in ("a.json", "z.json"):
+        write(tmp_path, name, slower, device="NVIDIA H200-SXM")
+    again = viz.cost(
+        "sinks(tokens=64) | local(window=1024)", 16384, 128, 16, "h200", results=tmp_path
+    )
+    assert again.measured == found.measured
+    assert again.measured_speedup == found.measured_speedup
+    assert again.break_even == found.break_even
     window = viz.cost("local(window=1024)", 16384, 128, 16, "h200", results=tmp_path)
     assert window.measured is None  # Its row is of another length.
 
