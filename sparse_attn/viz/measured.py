@@ -83,8 +83,9 @@ def match(
 ) -> tuple[Row, float | None] | None:
     """The row of this mask and these sizes, and its speed-up over dense attention.
 
-    Where several kernels were measured, the row is that of the fastest. The speed-up is the time of the fastest implementation on the `dense` mask in the same file,
-    this package's included, over the time of this package on this mask. None: no such row.
+    Where several kernels were measured, the row is that of the fastest. The speed-up is the time
+    of the fastest implementation on the `dense` mask in the same file, this package's included,
+    over the time of this package on this mask. None: no such row.
 
     >>> found = match(base.parse("local(window=512)"), device="cpu", tokens=8192, heads=4,
     ...               kv_heads=4, head_dim=64, passes="forward")
