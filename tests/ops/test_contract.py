@@ -27,13 +27,10 @@ _ON_DEVICE = (
 _ON_HOPPER = (
     "window_gqa",  # full_cross_mqa, everything
     "per_head",  # run_time_per_head, per_head_empty
-    "bits_documents",  # bits, documents
     "bits_per_head",  # bits, per_head_empty
-    "documents_scattered",  # documents, documents_padding_only
     "positions_permuted",  # positions_batch
     "positions_pair",  # positions_batch
     "run_time_bits",  # bits, run_time_documents
-    "run_time_query_heads",  # run_time_per_head
     "key_bias_hides_rows",  # key_bias_hides_all
     "empty_everywhere",  # empty_rows, empty_query_blocks
     "bits_all_true",  # bits

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from sparse_attn import attend
-from sparse_attn.masks import lower
+from sparse_attn.masks import block_mask, lower
 from sparse_attn.ops import tiles
 from sparse_attn.ops.block_sparse import triton_gpu, triton_rules
 from sparse_attn.patterns import base, causal, full, local, per_head, sinks
@@ -181,6 +181,26 @@ def test_static_programs_begin_with_the_longest():
     np.testing.assert_array_equal(columns[0, 2:, 0, 0] // 2, np.repeat([0, 1], 15))
     assert (np.diff(work[2:17]) <= 0).all()
     np.testing.assert_array_equal(columns[0, :, :, 0] // 2, columns[0, :, :1, 0] // 2 + [[0, 0]])
+
+
+def test_run_time_programs_of_a_head_begin_with_the_longest():
+    states = np.random.default_rng(0).integers(0, 3, (2, 1, 16, 16)).astype(np.int32)
+    mask = block_mask.from_block_states(
+        jnp.asarray(states), rule=causal.Causal(), q_len=256, kv_len=256, block_q=16, block_kv=16
+    )
+    for side, owners in (("kv", 4), ("q", 2)):
+        programs = np.asarray(triton_gpu._programs(mask, side, 4, 2))
+        assert programs.shape == (2, owners * 16, 4 // owners, 6)
+        by_head = programs.reshape(2, owners, 16, 4 // owners, 6)
+        np.testing.assert_array_equal(
+            np.sort(by_head[..., 0, 1]), np.tile(np.arange(16), (2, owners, 1))
+        )
+        heads = np.arange(4).reshape(1, owners, 1, -1)
+        np.testing.assert_array_equal(by_head[..., 0], np.broadcast_to(heads, by_head.shape[:-1]))
+        assert (np.diff(by_head[..., 5].sum(-1)) <= 0).all()
+        counts = np.asarray(getattr(mask, f"{side}_counts"))[:, 0]
+        for m in range(2):
+            np.testing.assert_array_equal(by_head[m, ..., 5], counts[m][by_head[m, ..., 1]])
 
 
 # Every capability, and the widest heads, which take the most memory, where it is least and most.
