@@ -3,6 +3,7 @@
 import os
 
 import hypothesis
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
@@ -20,3 +21,13 @@ hypothesis.settings.register_profile(
     "quick", derandomize=True, deadline=None, max_examples=5, phases=_WITHOUT_SHRINKING
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture
+def monkeypatch(monkeypatch):
+    """Programs traced before would not see what the test replaces; those with it must not stay."""
+    import jax  # After the environment above is set.
+
+    jax.clear_caches()
+    yield monkeypatch
+    jax.clear_caches()

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 import scipy.sparse
 
@@ -239,7 +240,8 @@ def _evaluate(pattern, state, sure, q_lo, q_hi, kv_lo, kv_hi):
         q_pos = (q_lo[at, None] + np.arange(span_q))[:, :, None]
         kv_pos = (kv_lo[at, None] + np.arange(span_kv))[:, None, :]
         exists = (q_pos < q_hi[at, None, None]) & (kv_pos < kv_hi[at, None, None])
-        visible = pattern.mask_fn(q_pos.astype(np.int32), kv_pos.astype(np.int32))
+        with jax.ensure_compile_time_eval():  # A rule may compute with jax, and we be in a jit.
+            visible = np.asarray(pattern.mask_fn(q_pos.astype(np.int32), kv_pos.astype(np.int32)))
         some, every = (visible & exists).any((1, 2)), (visible | ~exists).all((1, 2))
         exact[at] = np.where(every, FULL, np.where(some, PARTIAL, EMPTY))
     return exact

@@ -84,11 +84,42 @@ def attend(
     >>> attend(q, k, v, mask=local.Local(window=32)).shape
     (1, 300, 4, 16)
     """
+    if not isinstance(mask, (base.Pattern, per_head.PerHead, block_mask.BlockMask)):
+        mask = tuple(mask)
+        if not all(isinstance(pattern, base.Pattern) for pattern in mask):
+            raise ValueError("mask must be a Pattern, a PerHead, a BlockMask or one Pattern a head")
+    arrays = (q, k, v, segment_ids, positions, key_bias, sink_logits)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((arrays, mask))):
+        run = _attend
+    elif not isinstance(mask, block_mask.BlockMask):
+        run = _of_pattern
+    else:
+        run = _attend if mask.is_static else _of_lists
+    return run(
+        *arrays, mask=mask,
+        scale=None if scale is None else float(scale),
+        logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
+        return_lse=return_lse, impl=impl, target=tiles.target(),
+    )  # fmt: skip
+
+
+def _attend(
+    q, k, v, segment_ids, positions, key_bias, sink_logits, *, mask, scale, logits_soft_cap,
+    return_lse, impl, target,
+):  # fmt: skip
+    del target  # Part of the key: the same arguments make another program elsewhere.
     inputs = validate(
         q, k, v, mask, segment_ids, positions, key_bias, scale, logits_soft_cap, sink_logits
     )
     out, lse = vjp.run(choose(inputs, impl), inputs)
     return (out, lse) if return_lse else out
+
+
+# A call outside of jit is one program, not one per operation. Not so with lists that are constants:
+# they are no key.
+_OPTIONS = ("scale", "logits_soft_cap", "return_lse", "impl", "target")
+_of_pattern = jax.jit(_attend, static_argnames=("mask", *_OPTIONS))
+_of_lists = jax.jit(_attend, static_argnames=_OPTIONS)
 
 
 def merge_lse(

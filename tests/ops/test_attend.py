@@ -46,6 +46,7 @@ ERRORS = {
         {"k": jnp.zeros((2, 8, 3, 16)), "v": jnp.zeros((2, 8, 3, 16))},
         "k has 3 heads, which must divide q's 4",
     ),
+    "mask": ({"mask": np.ones((8, 8), bool)}, "mask must be a Pattern, a PerHead, a BlockMask"),
     "soft_cap": ({"logits_soft_cap": 0.0}, r"logits_soft_cap=0\.0 must be > 0, or None"),
     "sinks": ({"sink_logits": jnp.zeros(3)}, r"sink_logits\.shape=\(3,\) must be \(4,\)"),
     "bias": ({"key_bias": jnp.zeros((2, 7))}, r"key_bias\.shape=\(2, 7\) must be \(2, 8\) or"),
@@ -147,8 +148,8 @@ def test_a_refused_kernel_falls_back_to_xla_and_says_why(chosen, monkeypatch, ca
 
     monkeypatch.setattr(attend_lib, "_module", refuse)
     with tiles.assume(TPU), caplog.at_level(logging.INFO, logger=attend_lib.__name__):
-        for _ in range(2):
-            attend_lib.attend(**arguments())
+        for scale in (1.0, 2.0):  # Two programs, chosen for anew.
+            attend_lib.attend(**arguments(scale=scale))
     assert chosen == ["xla", "xla"]
     (record,) = caplog.records  # Logged once, with the reasons.
     assert record.getMessage().startswith("attend uses backend xla")
@@ -157,8 +158,8 @@ def test_a_refused_kernel_falls_back_to_xla_and_says_why(chosen, monkeypatch, ca
 
 def test_the_choice_is_logged_once(chosen, caplog):
     with caplog.at_level(logging.INFO, logger=attend_lib.__name__):
-        for _ in range(3):
-            attend_lib.attend(**arguments())
+        for scale in (1.0, 2.0, 3.0):
+            attend_lib.attend(**arguments(scale=scale))
     assert [r.getMessage() for r in caplog.records] == ["attend uses backend xla"]
 
 
@@ -188,6 +189,23 @@ def test_a_missing_dependency_is_a_refusal(monkeypatch):
     monkeypatch.setattr(attend_lib.importlib, "import_module", missing)
     with pytest.raises(NotImplementedError, match="cannot be imported: No module named"):
         attend_lib._module("xla")
+
+
+def test_calls_outside_of_jit_that_are_alike_are_traced_once(chosen):
+    states = jnp.ones((1, 1, 1, 1), jnp.int32)
+    for mask in (
+        causal.Causal(),
+        (causal.Causal(),) * 4,
+        block_mask.from_block_states(
+            states, rule=causal.Causal(), q_len=8, kv_len=8, block_q=16, block_kv=16
+        ),
+    ):
+        chosen.clear()
+        for _ in range(2):
+            attend_lib.attend(**arguments(mask=mask))
+        assert chosen == ["xla"]
+        attend_lib.attend(**arguments(mask=mask), impl="reference")
+        assert chosen == ["xla", "reference"]
 
 
 def _pieces(count, seed=0):

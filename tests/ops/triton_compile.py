@@ -78,7 +78,7 @@ def triton_call(*args, kernel, out_shape, grid, num_warps, num_stages, **constan
 def compile_cell(
     capability, head_dim, dtype="bfloat16", mask="window", everything=False, v_head_dim=None
 ):
-    """Compiles the three kernels of one call of `attend` and of its gradient."""
+    """Compiles the kernels of one call of `attend` and of its gradient."""
     length, heads, kv_heads = 300, 4, 2
     masks = {
         "window": local.Local(window=70),

@@ -61,14 +61,19 @@ def check(inputs: inputs_lib.Inputs) -> None:
 
 def forward(inputs: inputs_lib.Inputs) -> tuple[jax.Array, jax.Array]:
     """`out [B, T, N, Hv]` in q's dtype and `lse [B, T, N]` float32, sink included in lse."""
-    tile = _fitted(_tiles(inputs).forward, inputs.mask, "queries")
-    arrays = (inputs.q, inputs.k, inputs.v, inputs.key_bias, inputs.sink_logits)
+    mask = inputs.mask
+    tile = _fitted(_tiles(inputs).forward, mask, "queries")
+    rows = _lists(inputs, "kv", tile)
+    arrays = (inputs.q, inputs.k, inputs.v, inputs.key_bias, inputs.sink_logits, *_ids(inputs))
     outputs = (
         jax.ShapeDtypeStruct((*inputs.q.shape[:3], inputs.v.shape[3]), inputs.q.dtype),
         jax.ShapeDtypeStruct(inputs.q.shape[:3], jnp.float32),
     )
-    sinks = inputs.sink_logits is not None
-    return _launch(triton_kernels.forward_kernel, inputs, tile, "kv", arrays, outputs, SINKS=sinks)
+    return _launch(
+        triton_kernels.forward_kernel, inputs, tile, rows.tiles, (*arrays, mask.bits),
+        rows.arrays, rows.sizes, outputs, SINKS=inputs.sink_logits is not None,
+        QUERIES=tile.queries, KEYS=tile.keys, EVEN=rows.even,
+    )  # fmt: skip
 
 
 def backward(
@@ -78,51 +83,76 @@ def backward(
     q, k, v, bias, mask = inputs.q, inputs.k, inputs.v, inputs.key_bias, inputs.mask
     # Rows become contiguous, and exp2(logits - inf) = 0 gives empty rows zero gradients.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * _LOG2E).swapaxes(1, 2)
-    arrays = (q, k, v, dout, lse, delta.swapaxes(1, 2), bias)
+    arrays = (q, k, v, dout, lse, delta.swapaxes(1, 2), bias, *_ids(inputs))
     chosen = _tiles(inputs)
-    dq, dk, dv = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
+    dq, dkv = _fitted(chosen.dq, mask, "queries"), _fitted(chosen.dkv, mask, "keys")
+    rows, columns = _lists(inputs, "kv", dq), _lists(inputs, "q", dkv)
     each_head = (q.shape[0], q.shape[2], k.shape[1])
-    dbias = jax.ShapeDtypeStruct((1,) if bias is None else each_head, jnp.float32)
-    tile = _fitted(chosen.dq, mask, "queries")
-    (dq,) = _launch(triton_kernels.dq_kernel, inputs, tile, "kv", arrays, (dq,))
-    tile = _fitted(chosen.dkv, mask, "keys")
-    dk, dv, dbias = _launch(triton_kernels.dkv_kernel, inputs, tile, "q", arrays, (dk, dv, dbias))
+    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
+    outputs += [jax.ShapeDtypeStruct((1,) if bias is None else each_head, jnp.float32)]
+    *grads, dbias = _launch(
+        triton_kernels.backward_kernel, inputs, dkv._replace(warps=max(dq.warps, dkv.warps)),
+        columns.tiles + rows.tiles, (*arrays, mask.bits),
+        (*rows.arrays, *columns.arrays), (*rows.sizes, *columns.sizes, columns.tiles), outputs,
+        DQ_QUERIES=dq.queries, DQ_KEYS=dq.keys, DQ_EVEN=rows.even,
+        DKV_QUERIES=dkv.queries, DKV_KEYS=dkv.keys, DKV_EVEN=columns.even,
+    )  # fmt: skip
     if bias is None:
-        return inputs_lib.Grads(dq, dk, dv, None)
-    return inputs_lib.Grads(dq, dk, dv, dbias if bias.shape[1] > 1 else dbias.sum(1, keepdims=True))
+        return inputs_lib.Grads(*grads, None)
+    return inputs_lib.Grads(*grads, dbias if bias.shape[1] > 1 else dbias.sum(1, keepdims=True))
 
 
-def _launch(kernel, inputs, tile, side, arrays, outputs, **constants):
-    """Calls a kernel over the lists of `side`: of keys by row ("kv"), of queries by column ("q").
+class _Lists(NamedTuple):
+    """One side of the mask as a kernel reads it."""
 
-    Its arguments: arrays, ids and positions, lists, sizes, and last the outputs.
-    """
-    q, k, v, mask = inputs.q, inputs.k, inputs.v, inputs.mask
+    arrays: tuple  # Programs, indices, slots of bits.
+    sizes: tuple  # How many programs a batch element has, and the entries of a table.
+    tiles: int  # Programs to launch: several own one block when it is larger than a tile.
+    even: bool  # No tile reaches over the end of a block or of the array.
+
+
+def _lists(inputs, side, tile) -> _Lists:
+    """Lists of keys by row ("kv") or of queries by column ("q"), for programs of that tile."""
+    q, k, mask = inputs.q, inputs.k, inputs.mask
     programs = _programs(mask, side, q.shape[2], k.shape[2])
     indices, slots = (getattr(mask, f"{side}_{name}") for name in ("indices", "bits"))
-    ids = (inputs.q_segment_ids, inputs.kv_segment_ids, inputs.q_positions, inputs.kv_positions)
-    absent = jnp.zeros((1,), jnp.int32)
-    operands = (*arrays, *ids, programs, indices, slots, mask.bits)
-    num_slots = 1 if mask.bits is None else mask.bits.shape[2]
-    sizes = (mask.q_len, mask.kv_len, programs.shape[1], indices.shape[-1], num_slots)
     if side == "kv":  # A program owns queries and walks over keys.
-        own, walked, part, step = mask.block_q, mask.block_kv, tile.queries, tile.keys
+        length, own, walked, part, step = (
+            mask.kv_len, mask.block_q, mask.block_kv, tile.queries, tile.keys
+        )  # fmt: skip
     else:
-        own, walked, part, step = mask.block_kv, mask.block_q, tile.keys, tile.queries
-    length = mask.kv_len if side == "kv" else mask.q_len
+        length, own, walked, part, step = (
+            mask.q_len, mask.block_kv, mask.block_q, tile.keys, tile.queries
+        )  # fmt: skip
+    return _Lists(
+        (programs, indices, slots), (programs.shape[1], indices.shape[-1]),
+        q.shape[0] * programs.shape[1] * -(-own // part),
+        length % walked == 0 and walked % step == 0,
+    )  # fmt: skip
+
+
+def _ids(inputs):
+    return inputs.q_segment_ids, inputs.kv_segment_ids, inputs.q_positions, inputs.kv_positions
+
+
+def _launch(kernel, inputs, tile, programs, arrays, lists, sizes, outputs, **constants):
+    """Calls a kernel. Its arguments: arrays, lists, lengths and sizes, and last the outputs."""
+    q, k, v, mask = inputs.q, inputs.k, inputs.v, inputs.mask
+    absent = jnp.zeros((1,), jnp.int32)
+    num_slots = 1 if mask.bits is None else mask.bits.shape[2]
     return jax_triton().triton_call(
-        *[absent if x is None else jnp.asarray(x) for x in operands], *sizes,
-        kernel=kernel, out_shape=outputs, grid=(q.shape[0] * programs.shape[1] * -(-own // part),),
+        *[absent if x is None else jnp.asarray(x) for x in (*arrays, *lists)],
+        mask.q_len, mask.kv_len, num_slots, *sizes,
+        kernel=kernel, out_shape=outputs, grid=(programs,),
         num_warps=tile.warps, num_stages=tile.stages,
         HEADS=q.shape[2], KV_HEADS=k.shape[2], H=q.shape[3], HV=v.shape[3],
         HP=_padded(q.shape[3]), HVP=_padded(v.shape[3]),
-        BLOCK_Q=mask.block_q, BLOCK_KV=mask.block_kv, QUERIES=tile.queries, KEYS=tile.keys,
+        BLOCK_Q=mask.block_q, BLOCK_KV=mask.block_kv,
         SCALE=inputs.scale, CAP=inputs.logits_soft_cap,
         BIAS=0 if inputs.key_bias is None else inputs.key_bias.shape[1],
         RULE=_rule(inputs), BITS=mask.bits is not None, IDS=inputs.q_segment_ids is not None,
         POSITIONS=0 if inputs.q_positions is None else inputs.q_positions.shape[0],
-        NUM_TABLES=mask.num_tables, MASK_BATCH=mask.batch > 1,
-        EVEN=length % walked == 0 and walked % step == 0, **constants,
+        NUM_TABLES=mask.num_tables, MASK_BATCH=mask.batch > 1, **constants,
     )  # fmt: skip
 
 
@@ -150,7 +180,8 @@ def _programs(mask, side, heads, kv_heads):
         owner = np.where(work > 2 * work.mean((1, 2), keepdims=True), -1, owner)
         order = np.lexsort([x.reshape(shape[0], -1) for x in (-work, owner)])
     else:  # Sorting them all together would take longer than it gains.
-        order = jnp.argsort(-work) + owner * shape[2]
+        # Owners share the one table there may be: sorted once.
+        order = jnp.argsort(-work[:, :1] if mask.num_tables == 1 else -work) + owner * shape[2]
     return xp.take_along_axis(records, order.reshape(shape[0], -1, 1, 1), 1)
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels over block lists: forward, dq, and dk with dv.
+"""Triton kernels over block lists: forward, and backward in one launch of dq and of dk with dv.
 
 FlashAttention-2 [arXiv:2307.08691, alg. 1 and 2]: a program owns one tile of query rows (forward,
 dq) or of key columns (dk, dv), and walks its list twice: the PARTIAL blocks with the element rule,
@@ -187,8 +187,8 @@ def _has_nan(x):
 @triton.jit
 @typing.no_type_check
 def forward_kernel(
-    q, k, v, key_bias, sinks, q_ids, kv_ids, q_pos, kv_pos, programs, indices, slots, bits,
-    q_len, kv_len, num_programs, length, num_slots, out, lse,
+    q, k, v, key_bias, sinks, q_ids, kv_ids, q_pos, kv_pos, bits, programs, indices, slots,
+    q_len, kv_len, num_slots, num_programs, length, out, lse,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     HP: tl.constexpr, HVP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
@@ -313,8 +313,8 @@ def _dq_blocks(
 
 @triton.jit
 @typing.no_type_check
-def dq_kernel(
-    q, k, v, dout, lse, delta, key_bias, q_ids, kv_ids, q_pos, kv_pos,
+def _dq_tile(
+    tile, q, k, v, dout, lse, delta, key_bias, q_ids, kv_ids, q_pos, kv_pos,
     programs, indices, slots, bits, q_len, kv_len, num_programs, length, num_slots, dq_out,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     HP: tl.constexpr, HVP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
@@ -323,14 +323,14 @@ def dq_kernel(
     POSITIONS: tl.constexpr, NUM_TABLES: tl.constexpr, MASK_BATCH: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
-    """`dq` of one tile of rows of one head; `lse` in base 2, inf for empty rows."""
+    """`dq` of one tile of rows of one head."""
     SUB: tl.constexpr = (BLOCK_Q + QUERIES - 1) // QUERIES
-    program = tl.program_id(0) // SUB
+    program = tile // SUB
     batch = (program // num_programs).to(tl.int64)
     at = program if MASK_BATCH else program % num_programs
     head, block, table, start, num_partial, num_listed = _record(programs, at.to(tl.int64) * 6)
     kv_head = head // (HEADS // KV_HEADS)
-    q_in = tl.program_id(0) % SUB * QUERIES + tl.arange(0, QUERIES)
+    q_in = tile % SUB * QUERIES + tl.arange(0, QUERIES)
     q_at = block * BLOCK_Q + q_in
     valid = (q_at < q_len) & (q_in < BLOCK_Q)
     mask = batch * NUM_TABLES + table if MASK_BATCH else table.to(tl.int64)
@@ -444,8 +444,8 @@ def _dkv_blocks(
 
 @triton.jit
 @typing.no_type_check
-def dkv_kernel(
-    q, k, v, dout, lse, delta, key_bias, q_ids, kv_ids, q_pos, kv_pos,
+def _dkv_tile(
+    tile, q, k, v, dout, lse, delta, key_bias, q_ids, kv_ids, q_pos, kv_pos,
     programs, indices, slots, bits, q_len, kv_len, num_programs, length, num_slots,
     dk_out, dv_out, dbias_out,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
@@ -458,12 +458,12 @@ def dkv_kernel(
     """`dk`, `dv` of one tile of columns of one KV head, `dbias` per query head."""
     SUB: tl.constexpr = (BLOCK_KV + KEYS - 1) // KEYS
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    program = tl.program_id(0) // SUB
+    program = tile // SUB
     batch = (program // num_programs).to(tl.int64)
     at = (program if MASK_BATCH else program % num_programs).to(tl.int64) * (6 * GROUP)
     kv_head = tl.load(programs + at) // GROUP
     block = tl.load(programs + at + 1)
-    kv_in = tl.program_id(0) % SUB * KEYS + tl.arange(0, KEYS)
+    kv_in = tile % SUB * KEYS + tl.arange(0, KEYS)
     kv_at = block * BLOCK_KV + kv_in
     valid = (kv_at < kv_len) & (kv_in < BLOCK_KV)
     kv_row = (batch * kv_len + block * BLOCK_KV) * KV_HEADS + kv_head
@@ -501,3 +501,41 @@ def dkv_kernel(
             tl.store(dbias_out + (batch * HEADS + head) * kv_len + kv_at, dbias, mask=valid)
     _store_rows(dk_out + kv_row * H, dk * SCALE, kv_in, valid, KV_HEADS * H, H, HP)
     _store_rows(dv_out + kv_row * HV, dv, kv_in, valid, KV_HEADS * HV, HV, HVP)
+
+
+@triton.jit
+@typing.no_type_check
+def backward_kernel(
+    q, k, v, dout, lse, delta, key_bias, q_ids, kv_ids, q_pos, kv_pos, bits,
+    rows, kv_indices, kv_slots, columns, q_indices, q_slots, q_len, kv_len, num_slots,
+    num_rows, row_length, num_columns, column_length, column_tiles,
+    dq_out, dk_out, dv_out, dbias_out,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
+    HP: tl.constexpr, HVP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+    DQ_QUERIES: tl.constexpr, DQ_KEYS: tl.constexpr, DQ_EVEN: tl.constexpr,
+    DKV_QUERIES: tl.constexpr, DKV_KEYS: tl.constexpr, DKV_EVEN: tl.constexpr,
+    SCALE: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr, RULE: tl.constexpr,
+    BITS: tl.constexpr, IDS: tl.constexpr, POSITIONS: tl.constexpr, NUM_TABLES: tl.constexpr,
+    MASK_BATCH: tl.constexpr,
+):  # fmt: skip
+    """`dk` and `dv` of one tile of columns or, after all of those, `dq` of one tile of rows.
+
+    One launch, so that rows fill the processors while the last columns end. `lse` is in base 2,
+    inf for empty rows.
+    """
+    tile = tl.program_id(0)
+    if tile < column_tiles:
+        _dkv_tile(
+            tile, q, k, v, dout, lse, delta, key_bias, q_ids, kv_ids, q_pos, kv_pos,
+            columns, q_indices, q_slots, bits, q_len, kv_len, num_columns, column_length, num_slots,
+            dk_out, dv_out, dbias_out, HEADS, KV_HEADS, H, HV, HP, HVP, BLOCK_Q, BLOCK_KV,
+            DKV_QUERIES, DKV_KEYS, SCALE, CAP, BIAS, RULE, BITS, IDS, POSITIONS, NUM_TABLES,
+            MASK_BATCH, DKV_EVEN,
+        )  # fmt: skip
+    else:
+        _dq_tile(
+            tile - column_tiles, q, k, v, dout, lse, delta, key_bias, q_ids, kv_ids, q_pos, kv_pos,
+            rows, kv_indices, kv_slots, bits, q_len, kv_len, num_rows, row_length, num_slots,
+            dq_out, HEADS, KV_HEADS, H, HV, HP, HVP, BLOCK_Q, BLOCK_KV, DQ_QUERIES, DQ_KEYS,
+            SCALE, CAP, BIAS, RULE, BITS, IDS, POSITIONS, NUM_TABLES, MASK_BATCH, DQ_EVEN,
+        )  # fmt: skip
