@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from sparse_attn.masks import block_mask, lower
@@ -79,31 +78,35 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class TiledNeighbourhood(base.Pattern):
-    """Keys within `reach` rows and columns on a grid whose tokens are ordered by 8 x 8 tiles."""
+    """Keys within `reach` rows and columns on a grid whose tokens are ordered by 8 x 8 tiles.
+
+    A block is two tiles side by side. Keys lie one tile further than queries, the last of a row of
+    tiles first: then the four columns of tiles that two tiles of queries see are two whole blocks.
+    """
 
     side: int = 128
     reach: int = 6
 
-    def _row_col(self, pos):
+    def _row_col(self, pos, shift):
         # Sizes are powers of two: shifts cost the kernels far less than divisions.
-        per_row = (self.side // 8).bit_length() - 1
-        row = (pos >> (6 + per_row) << 3) + (pos >> 3 & 7)
-        return row, ((pos >> 6 & (self.side // 8 - 1)) << 3) + (pos & 7)
+        per_row = self.side // 8
+        row = (pos >> (6 + per_row.bit_length() - 1) << 3) + (pos >> 3 & 7)
+        return row, (((pos >> 6) - shift & (per_row - 1)) << 3) + (pos & 7)
 
     def mask_fn(self, q_pos, kv_pos):
-        (qr, qc), (kr, kc) = self._row_col(q_pos), self._row_col(kv_pos)
-        return jnp.maximum(abs(kr - qr), abs(kc - qc)) <= self.reach
+        (q_row, q_col), (row, col) = self._row_col(q_pos, 0), self._row_col(kv_pos, 1)
+        return (abs(row - q_row) <= self.reach) & (abs(col - q_col) <= self.reach)
 
     def lowered(self) -> block_mask.BlockMask:
-        """Two neighbouring tiles of queries against every tile of keys that comes within reach."""
+        """Blocks of two tiles by blocks of two tiles that have a pair of tiles within reach."""
         length, per_row = self.side**2, self.side // 8
         tile = np.arange(length // 64)
-        row, col = tile // per_row, tile % per_row
+        row, col, kv_col = tile // per_row, tile % per_row, (tile - 1) % per_row
         near = -(-self.reach // 8)  # Tiles within reach of a tile.
-        pairs = (np.abs(row[:, None] - row) <= near) & (np.abs(col[:, None] - col) <= near)
-        states = (pairs[::2] | pairs[1::2]).astype(np.int8)
+        pairs = (np.abs(row[:, None] - row) <= near) & (np.abs(col[:, None] - kv_col) <= near)
+        states = pairs.reshape(len(tile) // 2, 2, -1, 2).any((1, 3)).astype(np.int8)
         return block_mask.from_block_states(
-            states, rule=self, q_len=length, kv_len=length, block_q=BLOCK, block_kv=64
+            states, rule=self, q_len=length, kv_len=length, block_q=BLOCK, block_kv=BLOCK
         )
 
 
