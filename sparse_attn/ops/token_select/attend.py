@@ -22,6 +22,7 @@ _PREFERENCE = {
 CAUSAL = causal.Causal()
 
 
+@tiles.one_program
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
