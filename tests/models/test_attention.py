@@ -82,11 +82,11 @@ def test_unknown_choices_are_refused():
             num_heads=2, num_kv_heads=1, head_dim=4, pattern=causal.Causal(), **kwargs
         )
 
-    x = jnp.ones((1, 4, 8))
+    inputs = jax.random.key(0), jnp.ones((1, 4, 8))
     with pytest.raises(ValueError, match="sink_logits='on' must be one of"):
-        layer(sink_logits="on").init(jax.random.key(0), x)
+        jax.eval_shape(layer(sink_logits="on").init, *inputs)
     with pytest.raises(ValueError, match="impl='no_such'"):
-        layer(impl="no_such").init(jax.random.key(0), x)
+        jax.eval_shape(layer(impl="no_such").init, *inputs)
 
 
 def test_equal_patterns_share_a_compilation():
