@@ -174,10 +174,10 @@ def entries(
     [([1, 2, 2], [0, 0, 1])]
     """
     starts, counts, partial = (
-        np.asarray(x[batch, table])
+        np.asarray(x)[batch, table]
         for x in (mask.kv_starts, mask.kv_counts, mask.kv_partial_counts)
     )
-    indices = np.asarray(mask.kv_indices[batch, table])
+    indices = np.asarray(mask.kv_indices)[batch, table]
     if state == BlockState.PARTIAL:
         counts = partial
     else:

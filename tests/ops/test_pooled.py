@@ -46,7 +46,7 @@ def test_heads_with_windows_beside_heads_with_means(num_kv_heads, block):
     windows = swin.Swin(SHAPE, 3)
     mask = per_head.PerHead((windows, COARSE))
     got = pooled.attend_pooled(q, k, v, mask=mask, block=block, impl="reference")
-    k, v = (jnp.asarray(np.repeat(x, 4 // num_kv_heads, 2)) for x in (k, v))
+    k, v = (jnp.asarray(np.repeat(np.asarray(x), 4 // num_kv_heads, 2)) for x in (k, v))
     fine = attend_lib.attend(q, k, v, mask=windows, impl="reference")
     means = [jnp.asarray(average_by_loop(x), jnp.float32) for x in (k, v)]
     coarse = attend_lib.attend(q, *means, mask=full.Full(), impl="reference")
