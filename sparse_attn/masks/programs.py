@@ -62,7 +62,10 @@ def fits(x: Any) -> bool:
     """
     if isinstance(x, jax.Array):
         return not isinstance(x, jax.core.Tracer)
-    return not isinstance(x, np.ndarray) or jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype
+    if not isinstance(x, np.ndarray):
+        return True
+    numbers = jax.dtypes.issubdtype(x.dtype, np.number) or x.dtype == bool
+    return numbers and jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype
 
 
 def _hashable(x: Any) -> bool:

@@ -66,7 +66,8 @@ def test_what_a_program_cannot_take_is_called_as_it_is():
     assert function(wide).dtype == np.int64
     function(jnp.ones(2), [{1}])
     function(jnp.ones(2), {"unhashable": set()})
-    assert runs == [False] * 3
+    function(jnp.ones(2), np.array(["a name"]))
+    assert runs == [False] * 4
     assert function((2, 3), factor=2) == (4, 6)  # No array at all.
 
 
