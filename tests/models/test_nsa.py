@@ -118,11 +118,17 @@ def layer_of(rule, impl=None, heads=4, kv_heads=2, dim=8):
     return rule.layer(num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, impl=impl)
 
 
-def made(rule, length, *, batch=1, seed=0, **sizes):
-    layer = layer_of(rule, **sizes)
+@functools.cache  # The same for all lengths and backends.
+def variables_of(rule, **sizes):
+    layer = layer_of(rule, "reference", **sizes)
+    return jit(layer.init)(jax.random.key(1), jnp.zeros((1, 16, 12)))
+
+
+def made(rule, length, *, batch=1, seed=0, impl=None, **sizes):
+    layer = layer_of(rule, impl, **sizes)
     x = np.random.default_rng(seed).standard_normal((batch, length, 12)) * 2
     x = jnp.asarray(x, jnp.float32)
-    return layer, jit(layer.init)(jax.random.key(1), x), x
+    return layer, variables_of(rule, **sizes), x
 
 
 def check(rule, length, seed=0, **sizes):
