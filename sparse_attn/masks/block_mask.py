@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_attn.masks import states
+from sparse_attn.masks import programs, states
 
 BlockState = states.BlockState
 
@@ -174,10 +174,10 @@ def entries(
     [([1, 2, 2], [0, 0, 1])]
     """
     starts, counts, partial = (
-        np.asarray(x[batch, table])
+        np.asarray(x)[batch, table]
         for x in (mask.kv_starts, mask.kv_counts, mask.kv_partial_counts)
     )
-    indices = np.asarray(mask.kv_indices[batch, table])
+    indices = np.asarray(mask.kv_indices)[batch, table]
     if state == BlockState.PARTIAL:
         counts = partial
     else:
@@ -224,18 +224,29 @@ def from_block_states(
             f"block_states.shape={block_states.shape} must be [..., {nq}, {nk}], 0 to 2 leading "
             f"axes for q_len={q_len}, kv_len={kv_len}, block_q={block_q}, block_kv={block_kv}"
         )
-    xp = np if isinstance(block_states, np.ndarray) else jnp
-    grid = block_states.reshape((1,) * (4 - block_states.ndim) + block_states.shape)
-    if kv_len % block_kv:
-        edge = xp.arange(nk) == nk - 1
-        grid = xp.where(edge & (grid == BlockState.FULL), BlockState.PARTIAL, grid)
-    rows = _padded_lists(grid, xp)
-    cols = _padded_lists(xp.swapaxes(grid, -1, -2), xp)
+    lists = _static_lists if isinstance(block_states, np.ndarray) else _run_time_lists
     return BlockMask(
-        *rows, *cols,
+        *lists(block_states, edge=kv_len % block_kv != 0),
         q_len=q_len, kv_len=kv_len, block_q=block_q, block_kv=block_kv, rules=(rule,),
         max_kv=nk, max_q=nq,
     )  # fmt: skip
+
+
+def _lists(xp, block_states, *, edge):
+    """The lists of rows, then those of columns; with an `edge`, the last column is never FULL."""
+    grid = block_states.reshape((1,) * (4 - block_states.ndim) + block_states.shape)
+    if edge:
+        last = xp.arange(grid.shape[-1]) == grid.shape[-1] - 1
+        grid = xp.where(last & (grid == BlockState.FULL), BlockState.PARTIAL, grid)
+    return *_padded_lists(grid, xp), *_padded_lists(xp.swapaxes(grid, -1, -2), xp)
+
+
+_static_lists = functools.partial(_lists, np)
+
+
+@programs.one_program()
+def _run_time_lists(block_states, *, edge):
+    return _lists(jnp, block_states, edge=edge)
 
 
 def _check_sizes(**sizes: int) -> None:

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from sparse_attn.masks import block_mask
+from sparse_attn.masks import block_mask, programs
 from sparse_attn.patterns import base
 
 _NONE = jnp.iinfo(jnp.int32).max
 
 
+@programs.one_program()
 def restrict(
     mask: block_mask.BlockMask,
     q_segment_ids: Int[Array, "B T"],
@@ -54,6 +55,7 @@ def restrict(
     )  # fmt: skip
 
 
+@programs.one_program()
 def block_ranges(segment_ids, block, num_blocks):
     """Lowest and highest id of each block, and the id that all its tokens share (else 0)."""
     batch, length = segment_ids.shape
@@ -119,6 +121,7 @@ def _sorted(row, state, column, sizes, bits):
     return jnp.where(key < 2 * width, key % width, -1), slot[0] if slot else None
 
 
+@programs.one_program()
 def lower_at(
     pattern: base.Pattern,
     q_positions: Int[Array, "M T"],

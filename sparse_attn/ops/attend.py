@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sparse_attn.masks import block_mask, lower, segments
+from sparse_attn.masks import block_mask, lower, programs, segments
 from sparse_attn.ops import tiles
 from sparse_attn.ops.block_sparse import inputs as inputs_lib
 from sparse_attn.ops.block_sparse import vjp
@@ -89,7 +89,7 @@ def attend(
         if not all(isinstance(pattern, base.Pattern) for pattern in mask):
             raise ValueError("mask must be a Pattern, a PerHead, a BlockMask or one Pattern a head")
     arrays = (q, k, v, segment_ids, positions, key_bias, sink_logits)
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((arrays, mask))):
+    if not all(map(programs.fits, jax.tree.leaves((arrays, mask)))):
         run = _attend
     elif not isinstance(mask, block_mask.BlockMask):
         run = _of_pattern
@@ -122,6 +122,7 @@ _of_pattern = jax.jit(_attend, static_argnames=("mask", *_OPTIONS))
 _of_lists = jax.jit(_attend, static_argnames=_OPTIONS)
 
 
+@tiles.one_program
 def merge_lse(
     pieces: Sequence[tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]],
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparse_attn.ops import scoring, softmax
+from sparse_attn.ops import scoring, softmax, tiles
 
 
+@tiles.one_program
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from sparse_attn.masks import block_mask, lower
-from sparse_attn.ops import scoring
+from sparse_attn.ops import scoring, tiles
 from sparse_attn.patterns import base
 
 
@@ -53,6 +53,7 @@ def kept_mass(
     return jnp.moveaxis(jnp.where(visible.any(1), kept, 1), 1, 2)
 
 
+@tiles.one_program
 def density(mask: block_mask.BlockMask, dense: base.Pattern) -> Float[Array, "M U"]:
     """Active blocks of each table / active blocks of the dense pattern.
 
@@ -67,6 +68,7 @@ def density(mask: block_mask.BlockMask, dense: base.Pattern) -> Float[Array, "M 
     return jnp.asarray(mask.kv_counts).sum(-1) / int(whole.kv_counts.sum())
 
 
+@tiles.one_program
 def overlap(
     mask: block_mask.BlockMask, other: block_mask.BlockMask | None = None
 ) -> Float[Array, "M U V"]:

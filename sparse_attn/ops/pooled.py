@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from sparse_attn.masks import grids, lower
 from sparse_attn.ops import attend as attend_lib
+from sparse_attn.ops import tiles
 from sparse_attn.patterns import base, per_head
 
 
@@ -31,6 +32,7 @@ def is_pooled(pattern: Any) -> bool:
     return any(isinstance(p, base.Pattern) and key_grid(p) is not None for p in heads)
 
 
+@tiles.one_program
 def attend_pooled(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
@@ -94,6 +96,7 @@ def attend_pooled(
     return jnp.take(jnp.concatenate(outs, 2), np.argsort(done), axis=2)
 
 
+@tiles.one_program
 def average(
     x: Float[Array, "B T K H"], shape: Sequence[int], key_shape: Sequence[int]
 ) -> Float[Array, "B S K H"]:

@@ -15,6 +15,7 @@ from sparse_attn.ops import tiles
 from sparse_attn.patterns import base, joint, per_head, permuted
 
 
+@tiles.one_program
 def attend_reordered(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
@@ -127,6 +128,7 @@ def unpermute(x: Array, order: reorder.Reordering, *, prefix: int = 0) -> Array:
     return _move(x, order, prefix, forward=False)
 
 
+@tiles.one_program
 def _move(x, order, prefix, forward):
     digits = _digits(order)
     if digits is None:

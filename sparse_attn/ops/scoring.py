@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from sparse_attn.ops import tiles
+
 _AT_ONCE = 1 << 22  # Numbers in the largest array of a step, 16 MB.
 _LEAST = float(np.finfo(np.float32).min)
 
 
+@tiles.one_program
 def top_k(
     scores: Float[Array, "*B n"], k: Any, candidates: Bool[Any, "*#B #n"]
 ) -> Bool[Array, "*B n"]:
@@ -25,6 +28,7 @@ def top_k(
     return (_ranks(_order_key(scores, candidates)) < k) & candidates
 
 
+@tiles.one_program
 def top_p(
     scores: Float[Array, "*B n"],
     p: Any,
@@ -51,6 +55,7 @@ def top_p(
     return (kept if guard is None else kept | guard) & candidates
 
 
+@tiles.one_program
 def mass(scores: Float[Array, "*B n"], candidates: Bool[Any, "*#B #n"]) -> Float[Array, "*B n"]:
     """`softmax(scores)` over the candidates of the last axis; 0 where there are none."""
     key = _order_key(scores, candidates)
@@ -75,6 +80,7 @@ def share_document(q_ranges, kv_ranges) -> Bool[Array, "B nq nk"]:
     return (q_low[:, :, None] <= kv_high[:, None]) & (kv_low[:, None] <= q_high[:, :, None])
 
 
+@tiles.one_program
 def pool(
     x: Float[Array, "B T N H"], block: int, real: Bool[Any, "#B T"]
 ) -> Float[Array, "B n N H"]:
@@ -89,6 +95,7 @@ def pool(
     return sums / jnp.maximum(counts, 1)[:, :, None, None]
 
 
+@tiles.one_program
 def blocked(x: Array, block: int) -> Array:
     """`[B, T, ...]` as `[B, n, block, ...]`, zeros past the end.
 
@@ -100,6 +107,7 @@ def blocked(x: Array, block: int) -> Array:
     return x.reshape(x.shape[0], -1, block, *x.shape[2:])
 
 
+@tiles.one_program
 def logits(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], scale: float | None = None
 ) -> Float[Array, "B N T S"]:

@@ -36,6 +36,7 @@ def operand_dtype(dtype: Any) -> Any:
     return jnp.float32 if tiles.target().platform == "cpu" else dtype
 
 
+@tiles.one_program
 def masked(
     logits: Float[Array, "*B n"],
     seen: Bool[Array, "*#B #n"],

@@ -6,6 +6,8 @@ import dataclasses
 
 import jax
 
+from sparse_attn.masks import programs
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -40,6 +42,10 @@ def target() -> Target:
         kind=device.device_kind,
         compute_capability=getattr(device, "compute_capability", None),
     )
+
+
+# For functions that ask for the target, or call what does: a program is made for one.
+one_program = programs.one_program(target)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparse_attn.ops import scoring
+from sparse_attn.ops import scoring, tiles
 from sparse_attn.patterns import base as patterns_base
 from sparse_attn.selection import base
 
@@ -29,6 +29,7 @@ class AdaSpa(base.BlockScores):
     pattern: patterns_base.Pattern = base.EVERYTHING
     always: patterns_base.Pattern | None = None
 
+    @tiles.one_program
     def masses(
         self,
         q: Float[Array, "B T N H"],

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from sparse_attn.ops import scoring
+from sparse_attn.ops import scoring, tiles
 from sparse_attn.patterns import base as patterns_base
 from sparse_attn.patterns import local, sinks
 from sparse_attn.selection import base
@@ -39,6 +39,7 @@ class AnchorRegion(base.Selector):
         """Blocks with a pair of the region."""
         return self._states(q_len, kv_len, self.region) != patterns_base.EMPTY
 
+    @tiles.one_program
     def region_logits(
         self,
         q: Float[Array, "B t N H"],

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparse_attn.masks import block_mask, lower, reorder, segments
 from sparse_attn.ops import attend as attend_lib
-from sparse_attn.ops import reordered, scoring
+from sparse_attn.ops import reordered, scoring, tiles
 from sparse_attn.patterns import base, causal, full, local, permuted
 
 TABLES = ("query", "kv")
@@ -121,6 +121,7 @@ class Selector(base.Expression):
         """Which blocks each table keeps; those that are no candidates are dropped afterwards."""
         raise NotImplementedError(f"{type(self).__name__} must define keep(q, k, blocks)")
 
+    @tiles.one_program
     def select(
         self,
         q: Float[Array, "B T N H"],
@@ -163,6 +164,7 @@ class Selector(base.Expression):
             block_q=self.block_q, block_kv=self.block_kv,
         )  # fmt: skip
 
+    @tiles.one_program
     def attend(
         self,
         q: Float[Array, "B T N H"],

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparse_attn.masks import block_mask
-from sparse_attn.ops import scoring
+from sparse_attn.ops import scoring, tiles
 from sparse_attn.ops.token_select import attend as select_lib
 from sparse_attn.ops.token_select import lists
 from sparse_attn.patterns import base as patterns_base
@@ -58,6 +58,7 @@ class Dhsa(base.OwnAttention):
         """A window with as many keys as a query keeps, for counting."""
         return base.window_of(self.top_k, q_len, kv_len)
 
+    @tiles.one_program
     def chunks(self, k: Float[Array, "B S K H"]) -> Int[Array, "B S"]:
         """The chunk of each key: 0, 1, ..., at most `S / length` of them.
 
@@ -85,6 +86,7 @@ class Dhsa(base.OwnAttention):
         cuts = scoring.top_k(change, self._count(count) - 1, peak)
         return jnp.cumsum(cuts, 1, dtype=jnp.int32)
 
+    @tiles.one_program
     def lists(
         self,
         q: Float[Array, "B T N H"],
@@ -120,6 +122,7 @@ class Dhsa(base.OwnAttention):
         elements = q.shape[0] * heads * max(count, wanted.size)
         return lists.by_queries(choose, chunks, elements=elements)
 
+    @tiles.one_program
     def attend(
         self,
         q: Float[Array, "B T N H"],
@@ -139,6 +142,7 @@ class Dhsa(base.OwnAttention):
         return max(1, length // self.length)
 
 
+@tiles.one_program
 def scaled_means(
     x: Float[Array, "B T N H"], chunks: Int[Array, "B T"], count: int
 ) -> Float[Array, "B n N H"]:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparse_attn.masks import block_mask
-from sparse_attn.ops import best_keys
+from sparse_attn.ops import best_keys, tiles
 from sparse_attn.patterns import base as patterns_base
 from sparse_attn.selection import base
 
@@ -55,6 +55,7 @@ class DynamicMask(base.OwnAttention):
         """A window with as many keys as a query keeps, for counting."""
         return base.window_of(self.top_k, q_len, kv_len)
 
+    @tiles.one_program
     def scores(self, v: Float[Array, "B T K Hv"], params: dict[str, Any]) -> Float[Array, "B T K"]:
         """The score of each key, float32."""
         steps = jnp.einsum(
@@ -62,6 +63,7 @@ class DynamicMask(base.OwnAttention):
         )
         return params["decay"] * jax.nn.softplus(steps)
 
+    @tiles.one_program
     def attend(
         self,
         q: Float[Array, "B T N H"],

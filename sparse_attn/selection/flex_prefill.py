@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from sparse_attn.ops import scoring
+from sparse_attn.ops import scoring, tiles
 from sparse_attn.patterns import base as patterns_base
 from sparse_attn.patterns import sinks
 from sparse_attn.selection import base, vertical_slash
@@ -50,6 +50,7 @@ class FlexPrefill(base.Selector):
         if self.min_blocks is not None:
             patterns_base.check_int("min_blocks", self.min_blocks)
 
+    @tiles.one_program
     def divergence(
         self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]
     ) -> Float[Array, "B N"]:

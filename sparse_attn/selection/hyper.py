@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparse_attn.ops import attend as attend_lib
+from sparse_attn.ops import tiles
 from sparse_attn.patterns import base as patterns_base
 from sparse_attn.patterns import chunked, full
 from sparse_attn.selection import base, pbs, svg2
@@ -33,7 +34,7 @@ class Hyper(pbs.Reordered):
       least: longest causal part that is computed exactly.
 
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 8))
-    >>> Hyper(block_q=16, block_kv=16, samples=8, least=16).attend(q, k, v).shape
+    >>> Hyper(block_q=16, block_kv=16, samples=8, least=32).attend(q, k, v).shape
     (1, 64, 2, 8)
     """
 
@@ -58,6 +59,7 @@ class Hyper(pbs.Reordered):
                 f"pattern={self.pattern.expression()} must be causal() or full(), and always None"
             )
 
+    @tiles.one_program
     def attend(
         self,
         q: Float[Array, "B T N H"],
@@ -132,6 +134,7 @@ class Hyper(pbs.Reordered):
         return tuple(svg2.back(x, q_order) for x in attend_lib.merge_lse(pieces))
 
 
+@tiles.one_program
 def lsh_order(x: Float[Array, "B T N H"], planes: Float[Array, "p H"]) -> Int[Array, "B N T"]:
     """The token at each place when tokens are sorted by the Gray rank of their hash.
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sparse_attn.ops import scoring
+from sparse_attn.ops import scoring, tiles
 from sparse_attn.patterns import base as patterns_base
 from sparse_attn.patterns import local, sinks
 from sparse_attn.selection import base
@@ -55,6 +55,7 @@ class InfLlm(base.Selector):
         if not self.pattern.causal:
             raise ValueError(f"pattern={self.pattern.expression()} must be causal")
 
+    @tiles.one_program
     def kernel_shares(
         self,
         q: Float[Array, "B T N H"],
@@ -67,6 +68,7 @@ class InfLlm(base.Selector):
         num_kv_heads = means.shape[2]
         return share.reshape(batch, num_kv_heads, heads // num_kv_heads, *rest).sum(2)
 
+    @tiles.one_program
     def block_scores(
         self,
         q: Float[Array, "B t N H"],

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparse_attn.masks import block_mask
-from sparse_attn.ops import scoring, softmax
+from sparse_attn.ops import scoring, softmax, tiles
 from sparse_attn.ops.token_select import lists
 from sparse_attn.patterns import base as patterns_base
 from sparse_attn.selection import base
@@ -56,6 +56,7 @@ class Landmark(base.OwnAttention):
         keys = (self.top_k + 1) * self.block_kv + q_len // self.block_kv
         return base.window_of(keys, q_len, kv_len)
 
+    @tiles.one_program
     def lists(
         self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], *, segment_ids: Any = None
     ) -> Int[Array, "B T N m"]:
@@ -80,6 +81,7 @@ class Landmark(base.OwnAttention):
             elements=lambda end: q.shape[0] * q.shape[2] * -(-end // self.block_kv),
         )  # fmt: skip
 
+    @tiles.one_program
     def attend(
         self,
         q: Float[Array, "B T N H"],
@@ -179,6 +181,7 @@ class _Keys:
         return out.reshape(batch, count, heads, -1).astype(q.dtype)
 
 
+@tiles.one_program
 def grouped_softmax(
     logits: Float[Array, "*B n s"],
     marks: Float[Array, "*B n"],

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparse_attn.ops import attend as attend_lib
+from sparse_attn.ops import tiles
 from sparse_attn.patterns import base as patterns_base
 from sparse_attn.patterns import local, sinks
 from sparse_attn.selection import base, pbs, vertical_slash
@@ -52,6 +53,7 @@ class MmInference(pbs.Reordered):
         patterns_base.check_int("probe", self.probe)
         self._check_fixed(block_q=128, block_kv=128, pattern=base.CAUSAL)
 
+    @tiles.one_program
     def grid(
         self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]
     ) -> tuple[Int[Array, "B N"], Int[Array, "B N"]]:
@@ -78,6 +80,7 @@ class MmInference(pbs.Reordered):
         strides, phases = jnp.asarray(np.array(places, np.int32).T)
         return strides[best], phases[best]
 
+    @tiles.one_program
     def plan(
         self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]
     ) -> tuple[Int[Array, "B N S"], Bool[Array, "B N S"]]:
@@ -87,6 +90,7 @@ class MmInference(pbs.Reordered):
         order = jnp.argsort(apart, axis=-1, stable=True).astype(jnp.int32)
         return order, ~jnp.take_along_axis(apart, order, -1)
 
+    @tiles.one_program
     def attend(
         self,
         q: Float[Array, "B T N H"],
@@ -119,6 +123,7 @@ class MmInference(pbs.Reordered):
         return (out, lse) if return_lse else out
 
 
+@tiles.one_program
 def attend_by_modality(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],

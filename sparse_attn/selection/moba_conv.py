@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from sparse_attn.ops import tiles
 from sparse_attn.patterns import base as patterns_base
 from sparse_attn.selection import moba
 
@@ -50,6 +51,7 @@ class MobaConv(moba.Moba):
         ids = None if blocks.segment_ids is None else blocks.segment_ids[1]
         return super().scores(q, mix(k, blocks.params["key_conv"], ids), blocks)
 
+    @tiles.one_program
     def attend(
         self,
         q: Float[Array, "B T N H"],
@@ -68,6 +70,7 @@ class MobaConv(moba.Moba):
         )
 
 
+@tiles.one_program
 def mix(
     k: Float[Array, "B S K H"],
     taps: Float[Any, "K W H"],

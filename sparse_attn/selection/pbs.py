@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparse_attn.ops import attend as attend_lib
+from sparse_attn.ops import tiles
 from sparse_attn.patterns import base as patterns_base
 from sparse_attn.patterns import chunked
 from sparse_attn.selection import base, pooled, vertical_slash
@@ -70,6 +71,7 @@ class Pbs(Reordered):
             top_k=self.top_k, top_p=self.top_p,
         )  # fmt: skip
 
+    @tiles.one_program
     def key_order(
         self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]
     ) -> Int[Array, "B N S"]:
@@ -78,6 +80,7 @@ class Pbs(Reordered):
         segment = np.arange(k.shape[1]) // self.segment
         return jnp.lexsort((-shares, jnp.broadcast_to(segment, shares.shape)))
 
+    @tiles.one_program
     def attend(
         self,
         q: Float[Array, "B T N H"],
@@ -124,6 +127,7 @@ def unfold(x: Array, batch: int) -> Array:
     return jnp.moveaxis(x.reshape(batch, -1, x.shape[1], *x.shape[3:]), 1, 2)
 
 
+@tiles.one_program
 def moved(x: Array, order: Int[Array, "B N S"], heads: int) -> Array:
     """`fold(x)` for `heads` query heads, with the token `order[..., i]` at place i.
 

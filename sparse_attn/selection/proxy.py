@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sparse_attn.ops import scoring
+from sparse_attn.ops import scoring, tiles
 from sparse_attn.patterns import base as patterns_base
 from sparse_attn.selection import base, vertical_slash
 
@@ -42,6 +42,7 @@ class Proxy(base.Selector):
         if not 0 < self.gamma <= 1:
             raise ValueError(f"gamma={self.gamma} must be > 0 and <= 1")
 
+    @tiles.one_program
     def proxies(
         self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]
     ) -> tuple[Float[Array, "B T P H"], Float[Array, "B S P H"]]:
@@ -59,6 +60,7 @@ class Proxy(base.Selector):
             for x in (q, k)
         )
 
+    @tiles.one_program
     def block_maxima(
         self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]
     ) -> Float[Array, "B P nq nk"]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparse_attn.masks import block_mask
 from sparse_attn.ops import attend as attend_lib
-from sparse_attn.ops import scoring
+from sparse_attn.ops import scoring, tiles
 from sparse_attn.patterns import base as patterns_base
 from sparse_attn.selection import base
 
@@ -52,6 +52,7 @@ class Psa(base.Selector):
                 f"block_kv={self.block_kv}"
             )
 
+    @tiles.one_program
     def levels(
         self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], blocks: base.Blocks
     ) -> Int[Array, "B N nq nk"]:
@@ -76,6 +77,7 @@ class Psa(base.Selector):
     ) -> Bool[Array, "B U nq nk"]:
         return self.levels(q, k, blocks) >= 0
 
+    @tiles.one_program
     def attend(
         self,
         q: Float[Array, "B T N H"],
@@ -120,6 +122,7 @@ class Psa(base.Selector):
         return (out, lse) if return_lse else out
 
 
+@tiles.one_program
 def pooled_tokens(x: Float[Array, "B S K H"], size: int) -> Float[Array, "B s K H"]:
     """Averages of `size` tokens each; tokens past the last whole one are dropped.
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparse_attn.ops import attend as attend_lib
-from sparse_attn.ops import scoring
+from sparse_attn.ops import scoring, tiles
 from sparse_attn.patterns import base as patterns_base
 from sparse_attn.selection import pbs
 
@@ -44,6 +44,7 @@ class Routing(pbs.Reordered):
         if self.always is not None:
             raise ValueError(f"always={self.always.expression()} must be None")
 
+    @tiles.one_program
     def members(
         self, x: Float[Array, "B T N H"], centroids: Float[Array, "N C H"]
     ) -> Int[Array, "B N C w"]:
@@ -54,6 +55,7 @@ class Routing(pbs.Reordered):
         order = jnp.argsort(~taken, axis=-1, stable=True)
         return order[..., : min(self.size, x.shape[1])].astype(jnp.int32)
 
+    @tiles.one_program
     def attend(
         self,
         q: Float[Array, "B T N H"],
@@ -89,6 +91,7 @@ class Routing(pbs.Reordered):
         return pbs.unfold(mean[:, :, None], batch).astype(q.dtype)
 
 
+@tiles.one_program
 def on_sphere(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
     """Each token less its mean over H, at length `sqrt(H)`.
 
@@ -100,6 +103,7 @@ def on_sphere(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
     return (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-12)).astype(x.dtype)
 
 
+@tiles.one_program
 def moved_centroids(
     centroids: Float[Array, "N C H"],
     q: Float[Array, "B T N H"],

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sparse_attn.ops import scoring
+from sparse_attn.ops import scoring, tiles
 from sparse_attn.selection import anchor, base
 
 
@@ -76,6 +76,7 @@ class Sale(anchor.AnchorRegion):
         return jnp.moveaxis(kept, 0, 2) | self.region_blocks(q.shape[1], kv_len)
 
 
+@tiles.one_program
 def rounded(x: Float[Array, "B T N H"], bits: int) -> Float[Array, "B T N H"]:
     """Each token's numbers rounded to `2 ** bits - 1` levels around 0, float32.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparse_attn.ops import scoring
+from sparse_attn.ops import scoring, tiles
 from sparse_attn.patterns import base as patterns_base
 from sparse_attn.selection import base
 
@@ -63,6 +63,7 @@ class Seer(base.BlockScores):
         # The scale of the untrained gate is that of attention, whatever the width.
         return scoring.logits(queries, keys, q.shape[-1] ** -0.5)
 
+    @tiles.one_program
     def distillation_loss(
         self,
         params: dict[str, Any],
@@ -91,6 +92,7 @@ class Seer(base.BlockScores):
         return (target * (log_target - gate)).sum(-1).mean()
 
 
+@tiles.one_program
 def max_pooled(
     rule: base.Selector, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]
 ) -> Float[Array, "B N nq nk"]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sparse_attn.ops import scoring
+from sparse_attn.ops import scoring, tiles
 from sparse_attn.patterns import full
 from sparse_attn.selection import base
 
@@ -61,6 +61,7 @@ class Sparge(base.BlockScores):
         )
         return self.choose(scores, inner, k.shape[2]) | ~alike_q | ~alike_k
 
+    @tiles.one_program
     def attend_in_two_stages(
         self,
         q: Float[Array, "B T N H"],
@@ -155,6 +156,7 @@ class Sparge(base.BlockScores):
         return out[:, :q_len], skipped.sum(0) / jnp.maximum(visited, 1)
 
 
+@tiles.one_program
 def rounded_blocks(x: Float[Array, "n B b N H"], bits: int) -> Float[Array, "n B b N H"]:
     """Blocks of each head rounded to `2 ** bits - 1` levels of their largest number.
 
@@ -166,6 +168,7 @@ def rounded_blocks(x: Float[Array, "n B b N H"], bits: int) -> Float[Array, "n B
     return jnp.round(x / scale) * scale
 
 
+@tiles.one_program
 def mean_cosine(
     x: Float[Array, "B T N H"], block: int, real: Bool[Any, "#B T"]
 ) -> Float[Array, "B n N"]:

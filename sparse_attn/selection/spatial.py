@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparse_attn.ops import attend as attend_lib
-from sparse_attn.ops import scoring
+from sparse_attn.ops import scoring, tiles
 from sparse_attn.ops.token_select import attend as select_lib
 from sparse_attn.ops.token_select import lists
 from sparse_attn.patterns import base as patterns_base
@@ -78,6 +78,7 @@ class Spatial(base.OwnAttention):
     def _cubes(self):
         return -(-self.resolution // self.edge)
 
+    @tiles.one_program
     def attend(
         self,
         q: Float[Array, "B T N H"],

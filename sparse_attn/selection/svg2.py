@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparse_attn.masks import block_mask
 from sparse_attn.ops import attend as attend_lib
-from sparse_attn.ops import scoring
+from sparse_attn.ops import scoring, tiles
 from sparse_attn.patterns import base as patterns_base
 from sparse_attn.selection import base, pbs
 
@@ -53,6 +53,7 @@ class Svg2(pbs.Reordered):
         if self.pattern != base.EVERYTHING or self.always is not None:
             raise ValueError(f"pattern={self.pattern.expression()} must be full(), and always None")
 
+    @tiles.one_program
     def plan(
         self,
         q: Float[Array, "B T N H"],
@@ -91,6 +92,7 @@ class Svg2(pbs.Reordered):
         q_order, kv_order = (x.reshape(-1, heads, x.shape[-1]) for x in (q_order, kv_order))
         return q_order, kv_order, mask, (q_means, kv_means)
 
+    @tiles.one_program
     def attend(
         self,
         q: Float[Array, "B T N H"],
@@ -113,6 +115,7 @@ class Svg2(pbs.Reordered):
         return (out, lse) if return_lse else out
 
 
+@tiles.one_program
 def back(x: Array, order: Int[Array, "B N T"]) -> Array:
     """Undoes `pbs.moved`: `[B * N, T, 1, ...]` in sorted places as `[B, T, N, ...]` in order.
 
@@ -124,6 +127,7 @@ def back(x: Array, order: Int[Array, "B N T"]) -> Array:
     return pbs.unfold(x, order.shape[0])
 
 
+@tiles.one_program
 def k_means(
     x: Float[Array, "M T H"], clusters: int, iterations: int, start: Array | None = None
 ) -> tuple[Int[Array, "M T"], Float[Array, "M C H"]]:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from sparse_attn.ops import scoring
+from sparse_attn.ops import scoring, tiles
 from sparse_attn.patterns import base as patterns_base
 from sparse_attn.patterns import full
 from sparse_attn.selection import base
@@ -54,6 +54,7 @@ class VerticalSlash(base.Selector):
         return crossed(self, columns, diagonals, q.shape[1])
 
 
+@tiles.one_program
 def probe(
     rule: base.Selector, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], count: int
 ) -> Float[Array, "B N P S"]:
@@ -76,6 +77,7 @@ def seen_by_probe(
     return np.broadcast_to(seen, (len(q_pos), kv_len))
 
 
+@tiles.one_program
 def diagonal_sums(shares: Float[Array, "B N P S"], q_len: int) -> Float[Array, "B N D"]:
     """Sums by distance `query - key`, for the distances `-(S - 1) .. q_len - 1` in this order.
 
@@ -90,6 +92,7 @@ def diagonal_sums(shares: Float[Array, "B N P S"], q_len: int) -> Float[Array, "
     return jnp.where(inside, moved, 0).sum(2)
 
 
+@tiles.one_program
 def crossed(
     rule: base.Selector, columns: Bool[Array, "B N S"], diagonals: Bool[Array, "B N D"], q_len: int
 ) -> Bool[Array, "B N nq nk"]:

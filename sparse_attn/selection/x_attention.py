@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparse_attn.masks import segments
-from sparse_attn.ops import scoring
+from sparse_attn.ops import scoring, tiles
 from sparse_attn.patterns import base as patterns_base
 from sparse_attn.patterns import full, local, sinks
 from sparse_attn.selection import base
@@ -41,6 +41,7 @@ class XAttention(base.BlockScores):
                 f"block_kv={self.block_kv}"
             )
 
+    @tiles.one_program
     def antidiagonals(
         self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]
     ) -> Float[Array, "B N t s"]:

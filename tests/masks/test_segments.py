@@ -1,6 +1,7 @@
 """Documents and positions: what they leave of a mask, against every element."""
 
 import hypothesis
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def column_states(mask, batch, table=0):
     """The states as the columns list them, int8 [nq, nk]."""
     grid = np.zeros((mask.num_rows, mask.num_cols), np.int8)
     starts, counts, partial, indices = (
-        np.asarray(x[batch, table])
+        x[batch, table]
         for x in (mask.q_starts, mask.q_counts, mask.q_partial_counts, mask.q_indices)
     )
     for col in range(mask.num_cols):
@@ -44,6 +45,7 @@ def column_states(mask, batch, table=0):
 def check(mask, rule, q_ids, kv_ids):
     """Everything `restrict` promises, for one pattern or array under documents."""
     restricted = segments.restrict(mask, jnp.asarray(q_ids), jnp.asarray(kv_ids))
+    restricted = jax.tree.map(np.asarray, restricted)
     assert restricted.batch == len(q_ids)
     block_q, block_kv = mask.block_q, mask.block_kv
     before = block_mask.block_states(mask)
@@ -62,13 +64,13 @@ def check(mask, rule, q_ids, kv_ids):
             assert len(theirs)
             assert mine.min() <= theirs.max()
             assert theirs.min() <= mine.max()
-        rows = np.asarray(restricted.kv_counts[b, 0])
+        rows = restricted.kv_counts[b, 0]
         np.testing.assert_array_equal(rows, (states != 0).sum(1))
         # What no row lists is -1.
         listed = np.zeros(restricted.kv_indices.shape[-1], bool)
-        for start, count in zip(np.asarray(restricted.kv_starts[b, 0]), rows, strict=True):
+        for start, count in zip(restricted.kv_starts[b, 0], rows, strict=True):
             listed[start : start + count] = True
-        np.testing.assert_array_equal(np.asarray(restricted.kv_indices[b, 0]) >= 0, listed)
+        np.testing.assert_array_equal(restricted.kv_indices[b, 0] >= 0, listed)
     return restricted
 
 
@@ -111,11 +113,11 @@ def test_bits_follow_their_blocks(density):
     mask = block_mask.from_array(array, block_q=4, block_kv=4)
     ids = packed(rng, 3, 18, 9), packed(rng, 3, 22, 9)
     restricted = check(mask, array, *ids)
-    bits = np.asarray(restricted.bits)
+    bits = restricted.bits
     for b in range(3):
         shown = np.zeros((5 * 4, 6 * 4), bool)
         lists = (
-            np.asarray(x[b, 0])
+            x[b, 0]
             for x in (restricted.kv_starts, restricted.kv_counts, restricted.kv_indices,
                       restricted.kv_bits)
         )  # fmt: skip

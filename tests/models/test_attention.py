@@ -19,17 +19,17 @@ def test_rope_is_the_rotation_of_the_paper():
             angle = position * 10_000.0 ** (-2 * i / 6)
             turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
             expected[0, t][:, [i, i + 3]] = x[0, t][:, [i, i + 3]] @ turn.T
-    got = attention.rope(jnp.asarray(x), jnp.asarray(positions))
+    got = jax.jit(attention.rope)(x, positions)
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
 def test_rope_scores_depend_on_differences_only():
     q, k = np.random.default_rng(1).standard_normal((2, 1, 8, 1, 16)).astype(np.float32)
-    scores = []
+    scores, rope = [], jax.jit(attention.rope)
     for shift in (0, 50):
-        positions = jnp.arange(8)[None] + shift
-        rotated = [attention.rope(jnp.asarray(x), positions) for x in (q, k)]
-        scores.append(jnp.einsum("BTNH,BSNH->BNTS", *rotated))
+        positions = np.arange(8)[None] + shift
+        rotated = [np.asarray(rope(x, positions)) for x in (q, k)]
+        scores.append(np.einsum("BTNH,BSNH->BNTS", *rotated))
     np.testing.assert_allclose(scores[0], scores[1], atol=1e-4)
 
 
@@ -45,30 +45,35 @@ def test_layer_is_projections_rope_attend_projection(sink_logits):
         num_heads=4, num_kv_heads=2, head_dim=8, pattern=pattern, logits_soft_cap=5.0,
         sink_logits=sink_logits,
     )  # fmt: skip
-    x = jax.random.normal(jax.random.key(0), (2, 20, 24))
-    positions = jnp.broadcast_to(jnp.arange(20)[::-1], (2, 20))
-    segments = jnp.array([[1] * 12 + [2] * 8, [1] * 15 + [0] * 5])
-    params = layer.init(jax.random.key(1), x)["params"]
+    x = np.random.default_rng(0).standard_normal((2, 20, 24)).astype(np.float32)
+    positions = np.broadcast_to(np.arange(20)[::-1], (2, 20))
+    segments = np.array([[1] * 12 + [2] * 8, [1] * 15 + [0] * 5])
+    params = jax.jit(layer.init)(jax.random.key(1), x)["params"]
     sinks = None
     if sink_logits is not None:
         assert params["sink_logits"].shape == (4,)
         sinks = params["sink_logits"] = jnp.array([0.5, -1.0, 2.0, 0.0])
-    q, k, v = (
-        jnp.einsum("BTD,DNH->BTNH", x, params[name]["kernel"]) for name in ("query", "key", "value")
-    )
-    heads = attend_lib.attend(
-        attention.rope(q, positions),
-        attention.rope(k, positions),
-        v,
-        mask=pattern,
-        segment_ids=segments,
-        logits_soft_cap=5.0,
-        sink_logits=sinks,
-        impl="reference",
-    )
-    expected = jnp.einsum("BTNH,NHD->BTD", heads, params["out"]["kernel"])
-    got = layer.apply({"params": params}, x, positions=positions, segment_ids=segments)
-    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+    @jax.jit
+    def expected(x, positions, segments, params):
+        q, k, v = (
+            jnp.einsum("BTD,DNH->BTNH", x, params[name]["kernel"])
+            for name in ("query", "key", "value")
+        )
+        heads = attend_lib.attend(
+            attention.rope(q, positions),
+            attention.rope(k, positions),
+            v,
+            mask=pattern,
+            segment_ids=segments,
+            logits_soft_cap=5.0,
+            sink_logits=sinks,
+            impl="reference",
+        )
+        return jnp.einsum("BTNH,NHD->BTD", heads, params["out"]["kernel"])
+
+    got = jax.jit(layer.apply)({"params": params}, x, positions=positions, segment_ids=segments)
+    np.testing.assert_allclose(got, expected(x, positions, segments, params), atol=2e-5)
 
 
 def test_unknown_choices_are_refused():
@@ -77,11 +82,11 @@ def test_unknown_choices_are_refused():
             num_heads=2, num_kv_heads=1, head_dim=4, pattern=causal.Causal(), **kwargs
         )
 
-    x = jnp.ones((1, 4, 8))
+    inputs = jax.random.key(0), jnp.ones((1, 4, 8))
     with pytest.raises(ValueError, match="sink_logits='on' must be one of"):
-        layer(sink_logits="on").init(jax.random.key(0), x)
+        jax.eval_shape(layer(sink_logits="on").init, *inputs)
     with pytest.raises(ValueError, match="impl='no_such'"):
-        layer(impl="no_such").init(jax.random.key(0), x)
+        jax.eval_shape(layer(impl="no_such").init, *inputs)
 
 
 def test_equal_patterns_share_a_compilation():

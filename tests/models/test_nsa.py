@@ -118,10 +118,17 @@ def layer_of(rule, impl=None, heads=4, kv_heads=2, dim=8):
     return rule.layer(num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, impl=impl)
 
 
-def made(rule, length, *, batch=1, seed=0, **sizes):
-    layer = layer_of(rule, **sizes)
-    x = jax.random.normal(jax.random.key(seed), (batch, length, 12)) * 2
-    return layer, jit(layer.init)(jax.random.key(1), x), x
+@functools.cache  # The same for all lengths and backends.
+def variables_of(rule, **sizes):
+    layer = layer_of(rule, "reference", **sizes)
+    return jit(layer.init)(jax.random.key(1), jnp.zeros((1, 16, 12)))
+
+
+def made(rule, length, *, batch=1, seed=0, impl=None, **sizes):
+    layer = layer_of(rule, impl, **sizes)
+    x = np.random.default_rng(seed).standard_normal((batch, length, 12)) * 2
+    x = jnp.asarray(x, jnp.float32)
+    return layer, variables_of(rule, **sizes), x
 
 
 def check(rule, length, seed=0, **sizes):
@@ -162,10 +169,11 @@ def test_any_length(length, seed, rule, heads):
 def test_no_output_follows_a_later_token():
     layer, variables, x = made(RULE, 48, impl="reference")
     apply = jit(layer.apply)
-    before = apply(variables, x)
+    x = np.asarray(x)
+    before = np.asarray(apply(variables, x))
     for t in (5, 17, 31):
-        later = (jnp.arange(48) > t)[None, :, None]
-        after = apply(variables, jnp.where(later, 5 * x[:, ::-1] + 1, x))
+        later = (np.arange(48) > t)[None, :, None]
+        after = np.asarray(apply(variables, np.where(later, 5 * x[:, ::-1] + 1, x)))
         np.testing.assert_allclose(after[:, : t + 1], before[:, : t + 1], atol=1e-6)
         assert np.abs(after[:, t + 1 :] - before[:, t + 1 :]).max() > 0.1
 
@@ -173,11 +181,11 @@ def test_no_output_follows_a_later_token():
 def test_documents_are_rows_of_their_own():
     layer, variables, x = made(RULE, 48, impl="reference")
     # The first is as long as three blocks, so that blocks lie alike in both.
-    ids = jnp.array([[1] * 24 + [2] * 19 + [0] * 5])
+    ids = np.array([[1] * 24 + [2] * 19 + [0] * 5])
     apply = jit(layer.apply)
     # Rotations speak of differences; compressed keys are of rotated ones, so positions restart.
-    places = jnp.concatenate([jnp.arange(24), jnp.arange(24)])[None]
-    got = apply(variables, x, positions=places, segment_ids=ids)
+    places, x = np.concatenate([np.arange(24), np.arange(24)])[None], np.asarray(x)
+    got = np.asarray(apply(variables, x, positions=places, segment_ids=ids))
     np.testing.assert_allclose(got[:, :24], apply(variables, x[:, :24]), atol=2e-5)
     np.testing.assert_allclose(got[:, 24:43], apply(variables, x[:, 24:43]), atol=2e-5)
     assert not np.asarray(got[:, 43:]).any()
@@ -188,7 +196,7 @@ def test_gradients_are_those_of_the_masked_definition():
     grads = {}
     for impl in ("reference", "xla"):
         layer, variables, x = made(RULE, 45, impl=impl)
-        weight = jax.random.normal(jax.random.key(2), x.shape)
+        weight = np.random.default_rng(2).standard_normal(x.shape).astype(np.float32)
 
         def loss(params, x, layer=layer, weight=weight):
             return (layer.apply({"params": params}, x) * weight).sum()
@@ -325,10 +333,10 @@ def test_128k_tokens_at_the_size_of_a_large_layer():
 
 
 def test_choice_does_not_depend_on_the_pieces(monkeypatch):
-    q = jax.random.normal(jax.random.key(0), (2, 50, 4, 8))
-    k = jax.random.normal(jax.random.key(1), (2, 50, 2, 8))
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.standard_normal((2, 50, n, 8)), jnp.float32) for n in (4, 2))
     strides = compress.Strides(size=4, stride=2)
-    keys = strides.windows(k).mean(2)
+    keys = jit(lambda k: strides.windows(k).mean(2))(k)
     lse = attend_lib.attend(q, keys, keys, mask=strides, return_lse=True, impl="reference")[1]
 
     def choose():

@@ -114,7 +114,7 @@ def build(case: Case, env: Environment) -> Problem:
     shape = (case.batch, case.q_len, case.heads)
 
     def normal(*shape, dtype=dtype):
-        return np.asarray(jnp.asarray(rng.standard_normal(shape), dtype))
+        return rng.standard_normal(shape).astype(np.float32).astype(dtype)
 
     if callable(case.mask):
         mask, visible = case.mask(rng, case, env)

@@ -227,8 +227,13 @@ def _pieces(count, seed=0):
 @pytest.mark.parametrize("count", [1, 3])
 def test_merge_lse_equals_attention_to_the_union(count):
     qkv, masks, run = _pieces(count)
-    merged, lse = attend_lib.merge_lse([run(m, *qkv) for m in masks])
-    out, want = run(np.logical_or.reduce(masks), *qkv)
+
+    @jax.jit
+    def both(*qkv):
+        parts = attend_lib.merge_lse([run(m, *qkv) for m in masks])
+        return parts, run(np.logical_or.reduce(masks), *qkv)
+
+    (merged, lse), (out, want) = jax.tree.map(np.asarray, both(*qkv))
     np.testing.assert_allclose(merged, out, atol=2e-6)
     np.testing.assert_allclose(lse, want, atol=2e-6)
     assert (merged[:, :3] == 0).all()

@@ -17,22 +17,24 @@ ORDERS = (
     curves.Hilbert(SHAPE),
     curves.Gilbert(SHAPE),
 )
+BIAS = jnp.asarray(np.random.default_rng(1).standard_normal((2, 4, 48)), jnp.float32)
+SINKS = jnp.asarray([0.0, 1, 2, 3])
 
 
 def qkv(length, heads=2, kv_heads=2, batch=2, dim=8):
-    q, k, v = (
-        jax.random.normal(key, (batch, length, n, dim))
-        for key, n in zip(jax.random.split(jax.random.key(0), 3), (heads, kv_heads, kv_heads))
+    rng = np.random.default_rng(0)
+    return tuple(
+        jnp.asarray(rng.standard_normal((batch, length, n, dim)), jnp.float32)
+        for n in (heads, kv_heads, kv_heads)
     )
-    return q, k, v
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=lambda o: str(o.spec))
 @pytest.mark.parametrize("prefix", [0, 5])
 def test_permute_and_back(order, prefix):
-    x = jnp.arange(2 * (prefix + 96)).reshape(2, -1)
-    moved = reordered.permute(x, order, prefix=prefix)
-    want = np.asarray(x)[:, reordered.places(order, prefix + 96, prefix)]
+    x = np.arange(2 * (prefix + 96)).reshape(2, -1)
+    moved = reordered.permute(jnp.asarray(x), order, prefix=prefix)
+    want = x[:, reordered.places(order, prefix + 96, prefix)]
     np.testing.assert_array_equal(moved, want)
     np.testing.assert_array_equal(reordered.unpermute(moved, order, prefix=prefix), x)
 
@@ -55,7 +57,7 @@ def test_output_lse_and_gradients_are_those_of_row_major_tokens(order):
             out, lse = run(q, k, v)
             return (out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum() + lse.sum()
 
-        return jax.value_and_grad(total, (0, 1, 2))(q, k, v)
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
 
     got = loss(lambda *x: reordered.attend_reordered(*x, mask=NEAR, order=order, return_lse=True))
     want = loss(lambda *x: attend_lib.attend(*x, mask=NEAR, return_lse=True, impl="reference"))
@@ -76,8 +78,8 @@ def test_segments_biases_and_sinks_move_along():
     arguments = {
         "mask": NEAR,
         "segment_ids": ids,
-        "key_bias": jax.random.normal(jax.random.key(1), (2, 4, 48)),
-        "sink_logits": jnp.arange(4.0),
+        "key_bias": BIAS,
+        "sink_logits": SINKS,
         "logits_soft_cap": 5.0,
         "scale": 0.3,
     }
@@ -97,11 +99,11 @@ def test_heads_with_orders_of_their_own(kv_heads):
     assert [o.axes for o in orders] == [(0, 1), (1, 0), (1, 0), (0, 1)]
     out, lse = reordered.attend_reordered(
         q, k, v, mask=masks, order=orders, return_lse=True,
-        key_bias=jax.random.normal(jax.random.key(1), (2, 4, 48)), sink_logits=jnp.arange(4.0),
+        key_bias=BIAS, sink_logits=SINKS,
     )  # fmt: skip
     want, want_lse = attend_lib.attend(
         q, k, v, mask=masks, return_lse=True, impl="reference",
-        key_bias=jax.random.normal(jax.random.key(1), (2, 4, 48)), sink_logits=jnp.arange(4.0),
+        key_bias=BIAS, sink_logits=SINKS,
     )  # fmt: skip
     np.testing.assert_allclose(out, want, atol=1e-5)
     np.testing.assert_allclose(lse, want_lse, atol=1e-5)

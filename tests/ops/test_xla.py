@@ -194,13 +194,13 @@ def test_vmap_over_arrays_equals_a_loop():
     grad = jax.grad(_loss, (0, 1, 2))
     got = jax.jit(jax.vmap(lambda *x: grad(*x, problems.STREAM)))(q, k, v)
     one = jax.jit(lambda *x: grad(*x, problems.STREAM))
-    want = [one(q[i], k[i], v[i]) for i in range(3)]
-    _assert_trees_close(got, jax.tree.map(lambda *x: jnp.stack(x), *want))
+    want = [one(*x) for x in zip(*map(np.asarray, (q, k, v)))]
+    _assert_trees_close(got, jax.tree.map(lambda *x: np.stack(x), *want))
 
 
 def test_vmap_over_run_time_masks_equals_a_loop():
     q, k, v = _arrays(3, length=64)
-    grid = jnp.asarray(np.random.default_rng(1).integers(0, 2, (3, 4, 4)))
+    grid = np.random.default_rng(1).integers(0, 2, (3, 4, 4)).astype(np.int32)
 
     def grad(grid, *x):
         mask = block_mask.from_block_states(
@@ -210,8 +210,8 @@ def test_vmap_over_run_time_masks_equals_a_loop():
 
     got = jax.jit(jax.vmap(grad))(grid, q, k, v)
     one = jax.jit(grad)
-    want = [one(grid[i], q[i], k[i], v[i]) for i in range(3)]
-    _assert_trees_close(got, jax.tree.map(lambda *x: jnp.stack(x), *want))
+    want = [one(*x) for x in zip(grid, *map(np.asarray, (q, k, v)))]
+    _assert_trees_close(got, jax.tree.map(lambda *x: np.stack(x), *want))
 
 
 def test_checkpoint_and_scan_over_layers():

@@ -88,9 +88,9 @@ def test_distillation_trains_the_gate_alone():
     q, k, _ = rules.inputs(2, length=48)
     rule = seer.Seer(block_q=BLOCK, block_kv=BLOCK, top_k=1)
     gate = rule.params_like(4, 2, 8)
-    grads, dq, dk = jax.grad(rule.distillation_loss, (0, 1, 2))(
-        jax.tree.map(jnp.asarray, gate), q, k
+    grads, dq, dk = jax.tree.map(
+        np.asarray, jax.jit(jax.grad(rule.distillation_loss, (0, 1, 2)))(gate, q, k)
     )
-    assert all(jnp.abs(x).max() > 0 for x in jax.tree.leaves(grads))
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(grads))
     assert not dq.any()
     assert not dk.any()

@@ -83,12 +83,14 @@ def test_probabilities_are_those_of_the_model(text_run, attention):
             transformer.Transformer(config).apply({"params": params}, tokens)
         return outs, values
 
-    outs, values = run(text_run.params, jnp.arange(40, dtype=jnp.int32)[None])
+    outs, values = jax.tree.map(
+        np.asarray, run(text_run.params, np.arange(40, dtype=np.int32)[None])
+    )
     assert len(outs) == 2
     for layer, (out, value) in enumerate(zip(outs, values, strict=True)):
-        kernel = text_run.params["layers"]["attention"]["out"]["kernel"][layer]
+        kernel = np.asarray(text_run.params["layers"]["attention"]["out"]["kernel"])[layer]
         got = sum(
-            attention.probabilities(layer, head) @ value[:, head // 2] @ kernel[head]
+            np.asarray(attention.probabilities(layer, head)) @ value[:, head // 2] @ kernel[head]
             for head in range(4)
         )
         np.testing.assert_allclose(got, out, atol=2e-4)

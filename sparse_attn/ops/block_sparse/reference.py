@@ -2,7 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from sparse_attn.masks import block_mask
 from sparse_attn.ops import softmax
 from sparse_attn.ops.block_sparse import inputs as inputs_lib
 
@@ -45,6 +47,8 @@ def visible(inputs: inputs_lib.Inputs) -> jax.Array:
 
 def _dense_tables(mask):
     """States `[M, U, nq, nk]` and bits by block, scattered from the row lists."""
+    if mask.is_static:
+        return _static_tables(mask)
     nq, nk = mask.num_rows, mask.num_cols
 
     def one(starts, counts, partial_counts, indices, slots, bits):
@@ -68,6 +72,22 @@ def _dense_tables(mask):
         )
     ]  # fmt: skip
     return jax.vmap(jax.vmap(one))(*arrays)
+
+
+def _static_tables(mask):
+    """The same in NumPy: constants take XLA a fraction of the time to compile."""
+    shape = (mask.batch, mask.num_tables, mask.num_rows, mask.num_cols)
+    states, slots = np.zeros(shape, np.int8), np.full(shape, -1)
+    for b, u in np.ndindex(shape[:2]):
+        for state in (block_mask.BlockState.PARTIAL, block_mask.BlockState.FULL):
+            for rows, cols, places in block_mask.entries(mask, state, batch=b, table=u):
+                states[b, u, rows, cols] = state
+                if mask.bits is not None:
+                    slots[b, u, rows, cols] = mask.kv_bits[b, u, places]
+    if mask.bits is None:
+        return jnp.asarray(states), None
+    bits = [[mask.bits[b, u][slots[b, u]] for u in range(shape[1])] for b in range(shape[0])]
+    return jnp.asarray(states), jnp.where(slots[..., None, None] >= 0, np.stack(bits), 0)
 
 
 def forward(inputs: inputs_lib.Inputs) -> tuple[jax.Array, jax.Array]:

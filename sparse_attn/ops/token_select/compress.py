@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparse_attn.ops import scoring
+from sparse_attn.ops import scoring, tiles
 from sparse_attn.ops.token_select import lists
 from sparse_attn.patterns import base
 
@@ -54,6 +54,7 @@ class Strides(base.Pattern):
         return jnp.where((ids == ids[..., :1]).all(-1), ids[..., 0], 0)
 
 
+@tiles.one_program
 def importance(
     weights: Float[Array, "*B n"], strides: Strides, block: int, blocks: int
 ) -> Float[Array, "*B m"]:
@@ -74,6 +75,7 @@ def importance(
     return strips.reshape(*strips.shape[:-1], blocks, per).sum(-1)
 
 
+@tiles.one_program
 def document_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """The first token of the run of equal ids that each token is in.
 
@@ -87,6 +89,7 @@ def document_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jax.lax.cummax(jnp.where(fresh, at, 0), axis=1)
 
 
+@tiles.one_program
 def choose_blocks(
     q: Float[Array, "B T N H"],
     keys: Float[Array, "B n K H"],

@@ -97,6 +97,7 @@ def kernels() -> types.ModuleType | None:
         return None
 
 
+@tiles.one_program
 def best(
     scores: Float[Array, "*B n"],
     count: int,
@@ -124,6 +125,7 @@ def best(
     return jnp.where(values == -jnp.inf, -1, indices)
 
 
+@tiles.one_program
 def by_mean_key(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],

@@ -80,6 +80,7 @@ def in_steps(selected: Int[Array, "B T U n"], places: int, steps: int) -> Int[Ar
     return jnp.moveaxis(selected.reshape(*selected.shape[:3], steps, places), 3, 0)
 
 
+@tiles.one_program
 def plan(selected: Int[Array, "B T U n"], *, tile: int, blocks: int) -> Plan:
     """Places for the entries of lists of blocks, -1 = none; `tile` entries a tile.
 
@@ -122,6 +123,7 @@ def plan(selected: Int[Array, "B T U n"], *, tile: int, blocks: int) -> Plan:
     return jax.vmap(jax.vmap(one))(selected.swapaxes(1, 2))
 
 
+@tiles.one_program
 def segments(plan: Plan, most: int) -> Segments:
     """The tiles of each block in segments of at most `most`.
 
