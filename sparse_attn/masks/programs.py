@@ -33,7 +33,7 @@ def one_program(key: Callable[[], Hashable] = lambda: None) -> Callable[[Callabl
         def program(others, tree, key, arrays):
             del key
             arrays = iter(arrays)
-            leaves = [next(arrays) if x is _ARRAY else x for x in others]
+            leaves = [next(arrays) if x is _ARRAY else x for _, x in others]
             args, kwargs = jax.tree.unflatten(tree, leaves)
             return function(*args, **kwargs)
 
@@ -44,7 +44,8 @@ def one_program(key: Callable[[], Hashable] = lambda: None) -> Callable[[Callabl
         def call(*args, **kwargs):
             leaves, tree = jax.tree.flatten((args, kwargs))
             arrays = [x for x in leaves if isinstance(x, (jax.Array, np.ndarray))]
-            others = tuple(_ARRAY if isinstance(x, (jax.Array, np.ndarray)) else x for x in leaves)
+            others = [_ARRAY if isinstance(x, (jax.Array, np.ndarray)) else x for x in leaves]
+            others = tuple((type(x), x) for x in others)  # For 1 == 1.0 == True.
             if not arrays or not all(map(fits, arrays)) or not _hashable(others):
                 return function(*args, **kwargs)
             return program(others, tree, key(), arrays)

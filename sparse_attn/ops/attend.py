@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sparse_attn.masks import block_mask, lower, programs, segments
+from sparse_attn.masks import block_mask, lower, segments
 from sparse_attn.ops import tiles
 from sparse_attn.ops.block_sparse import inputs as inputs_lib
 from sparse_attn.ops.block_sparse import vjp
@@ -88,38 +88,21 @@ def attend(
         mask = tuple(mask)
         if not all(isinstance(pattern, base.Pattern) for pattern in mask):
             raise ValueError("mask must be a Pattern, a PerHead, a BlockMask or one Pattern a head")
-    arrays = (q, k, v, segment_ids, positions, key_bias, sink_logits)
-    if not all(map(programs.fits, jax.tree.leaves((arrays, mask)))):
-        run = _attend
-    elif not isinstance(mask, block_mask.BlockMask):
-        run = _of_pattern
-    else:
-        run = _attend if mask.is_static else _of_lists
-    return run(
-        *arrays, mask=mask,
+    static = isinstance(mask, block_mask.BlockMask) and mask.is_static
+    out, lse = (_attend if static else _one_program)(
+        q, k, v, segment_ids, positions, key_bias, sink_logits, mask=mask,
         scale=None if scale is None else float(scale),
-        logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
-        return_lse=return_lse, impl=impl, target=tiles.target(),
+        soft_cap=None if logits_soft_cap is None else float(logits_soft_cap), impl=impl,
     )  # fmt: skip
-
-
-def _attend(
-    q, k, v, segment_ids, positions, key_bias, sink_logits, *, mask, scale, logits_soft_cap,
-    return_lse, impl, target,
-):  # fmt: skip
-    del target  # Part of the key: the same arguments make another program elsewhere.
-    inputs = validate(
-        q, k, v, mask, segment_ids, positions, key_bias, scale, logits_soft_cap, sink_logits
-    )
-    out, lse = vjp.run(choose(inputs, impl), inputs)
     return (out, lse) if return_lse else out
 
 
-# A call outside of jit is one program, not one per operation. Not so with lists that are constants:
-# they are no key.
-_OPTIONS = ("scale", "logits_soft_cap", "return_lse", "impl", "target")
-_of_pattern = jax.jit(_attend, static_argnames=("mask", *_OPTIONS))
-_of_lists = jax.jit(_attend, static_argnames=_OPTIONS)
+def _attend(q, k, v, segment_ids, positions, key_bias, sink_logits, *, mask, scale, soft_cap, impl):
+    inputs = validate(q, k, v, mask, segment_ids, positions, key_bias, scale, soft_cap, sink_logits)
+    return vjp.run(choose(inputs, impl), inputs)
+
+
+_one_program = tiles.one_program(_attend)  # Not for lists that are constants: they are no key.
 
 
 @tiles.one_program

@@ -33,10 +33,12 @@ def test_shapes_and_what_is_no_array_make_a_program():
     function(x, None, factor=3)
     function(x[:2], factor=3)
     assert runs == [True] * 4
+    function(x, factor=3.0)  # Equal, and another program: numbers of Python have types too.
+    assert runs == [True] * 5
     # Arrays inside of arguments are arrays too.
     assert function({"a": x, "b": np.float32([5])}, factor=2)["b"].tolist() == [10]
     assert function({"a": x, "b": np.float32([6])}, factor=2)["b"].tolist() == [12]
-    assert runs == [True] * 5
+    assert runs == [True] * 6
 
 
 def test_the_key_makes_a_program():

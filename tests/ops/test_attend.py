@@ -38,6 +38,7 @@ ERRORS = {
     "q_rank": ({"q": jnp.zeros((8, 4, 16))}, r"q\.shape=\(8, 4, 16\) must be \[batch, length"),
     "empty": ({"k": jnp.zeros((2, 0, 2, 16))}, r"k\.shape=\(2, 0, 2, 16\) must be"),
     "dtype": ({"q": jnp.zeros((2, 8, 4, 16), jnp.int32)}, r"q\.dtype=int32 must .* bfloat16"),
+    "wide": ({"q": np.zeros((2, 8, 4, 16))}, r"q\.dtype=float64 must .* bfloat16"),
     "mixed": ({"k": jnp.zeros((2, 8, 2, 16), jnp.bfloat16)}, r"k\.dtype=bfloat16 must be q's"),
     "k_dim": ({"k": jnp.zeros((2, 8, 2, 8))}, r"k\.shape=\(2, 8, 2, 8\) must be \[2, S, K, 16\]"),
     "k_batch": ({"k": jnp.zeros((1, 8, 2, 16))}, r"k\.shape=\(1, 8, 2, 16\) must be"),

@@ -211,21 +211,15 @@ def test_run_time_programs_of_a_head_begin_with_the_longest():
             np.testing.assert_array_equal(by_head[m, ..., 5], counts[m][by_head[m, ..., 1]])
 
 
-# Every capability, and the widest heads, which take the most memory, where it is least and most.
+# Every capability; the widest heads, which take the most memory, where it is least and most; and
+# each way to see: by a rule, by one of several, by bits.
 CELLS = [
-    {"capability": capability, "head_dim": dim, "everything": everything}
-    for capability, dim, everything in (
-        ("8.9", 64, False),
-        ("8.9", 256, True),
-        ("9.0", 128, True),
-        ("9.0", 256, False),
-        ("12.0", 64, True),
-    )
-] + [
-    {"capability": "9.0", "head_dim": 16},
+    {"capability": "8.9", "head_dim": 64, "everything": False},
+    {"capability": "8.9", "head_dim": 256, "everything": True},
+    {"capability": "9.0", "head_dim": 128, "everything": True},
+    {"capability": "9.0", "head_dim": 256, "mask": "bits"},
     {"capability": "9.0", "head_dim": 80, "v_head_dim": 128, "dtype": "float16"},
-    {"capability": "9.0", "head_dim": 128, "mask": "bits"},
-    {"capability": "8.0", "head_dim": 64, "mask": "per_head"},
+    {"capability": "12.0", "head_dim": 16, "mask": "per_head"},
     {"capability": "8.0", "head_dim": 128, "dtype": "float32", "everything": True},
 ]
 FAST_CELL = {"capability": "8.9", "head_dim": 64, "everything": False}
