@@ -254,6 +254,7 @@ SPLITS = (
     ("ring", "text"), ("ring", "zigzag"), ("ulysses", "text"), ("all_gather_kv", "balanced"),
 )  # fmt: skip
 
+
 def model_cases():
     """Every mesh with every mask; the schemes take turns over those with a seq axis.
 
