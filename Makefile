@@ -18,7 +18,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Most of the tests' time goes into compiling, so all lanes compile with few of LLVM's optimizations.
 # What users start runs as theirs: the sweep of test_launch.py drops these flags.
 FAST_COMPILE := JAX_PLATFORMS=cpu \
-  XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+  XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true \
+  --xla_cpu_emitter_verification_level=0"
 
 # A pyenv shim exists for versions that do not start, and Debian ships Pythons without venv: an
 # interpreter counts only if it runs and can make an environment that reaches a package registry.
