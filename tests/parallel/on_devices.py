@@ -309,7 +309,6 @@ def test_model_equals_one_device(names, documents, axes, scheme, kind):
     ("names", "axes", "scheme", "kind"),
     [
         (("sinks",), "data=2,fsdp=2,tensor=2", "ring", "text"),
-        (EVERY, "data=2,seq=2,tensor=2", "ring", "zigzag"),
         (EVERY, "fsdp=2,seq=2,tensor=2", "ulysses", "zigzag"),
     ],
 )
