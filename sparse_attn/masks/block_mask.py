@@ -224,9 +224,10 @@ def from_block_states(
             f"block_states.shape={block_states.shape} must be [..., {nq}, {nk}], 0 to 2 leading "
             f"axes for q_len={q_len}, kv_len={kv_len}, block_q={block_q}, block_kv={block_kv}"
         )
-    lists = _static_lists if isinstance(block_states, np.ndarray) else _run_time_lists
+    static = isinstance(block_states, np.ndarray)
+    make = functools.partial(_lists, np) if static else _run_time_lists
     return BlockMask(
-        *lists(block_states, edge=kv_len % block_kv != 0),
+        *make(block_states, edge=kv_len % block_kv != 0),
         q_len=q_len, kv_len=kv_len, block_q=block_q, block_kv=block_kv, rules=(rule,),
         max_kv=nk, max_q=nq,
     )  # fmt: skip
@@ -239,9 +240,6 @@ def _lists(xp, block_states, *, edge):
         last = xp.arange(grid.shape[-1]) == grid.shape[-1] - 1
         grid = xp.where(last & (grid == BlockState.FULL), BlockState.PARTIAL, grid)
     return *_padded_lists(grid, xp), *_padded_lists(xp.swapaxes(grid, -1, -2), xp)
-
-
-_static_lists = functools.partial(_lists, np)
 
 
 @programs.one_program()

@@ -62,6 +62,7 @@ def lower(
 
 
 @functools.lru_cache(maxsize=64)
+@jax.ensure_compile_time_eval()  # A pattern may compute with jax, and the caller be in a jit.
 def _lower(patterns, q_len, kv_len, block_q, block_kv) -> block_mask.BlockMask:
     unique = tuple(dict.fromkeys(patterns))
     tables = [_rows_and_cols(p, q_len, kv_len, block_q, block_kv) for p in unique]
@@ -240,8 +241,7 @@ def _evaluate(pattern, state, sure, q_lo, q_hi, kv_lo, kv_hi):
         q_pos = (q_lo[at, None] + np.arange(span_q))[:, :, None]
         kv_pos = (kv_lo[at, None] + np.arange(span_kv))[:, None, :]
         exists = (q_pos < q_hi[at, None, None]) & (kv_pos < kv_hi[at, None, None])
-        with jax.ensure_compile_time_eval():  # A rule may compute with jax, and we be in a jit.
-            visible = np.asarray(pattern.mask_fn(q_pos.astype(np.int32), kv_pos.astype(np.int32)))
+        visible = pattern.mask_fn(q_pos.astype(np.int32), kv_pos.astype(np.int32))
         some, every = (visible & exists).any((1, 2)), (visible | ~exists).all((1, 2))
         exact[at] = np.where(every, FULL, np.where(some, PARTIAL, EMPTY))
     return exact

@@ -46,7 +46,7 @@ def one_program(key: Callable[[], Hashable] = lambda: None) -> Callable[[Callabl
             arrays = [x for x in leaves if isinstance(x, (jax.Array, np.ndarray))]
             others = [_ARRAY if isinstance(x, (jax.Array, np.ndarray)) else x for x in leaves]
             others = tuple((type(x), x) for x in others)  # For 1 == 1.0 == True.
-            if not arrays or not all(map(fits, arrays)) or not _hashable(others):
+            if not arrays or not all(map(_fits, arrays)) or not _hashable(others):
                 return function(*args, **kwargs)
             return program(others, tree, key(), arrays)
 
@@ -55,16 +55,10 @@ def one_program(key: Callable[[], Hashable] = lambda: None) -> Callable[[Callabl
     return decorate
 
 
-def fits(x: Any) -> bool:
-    """Whether an argument enters a program as it is: concrete, and of a dtype that JAX has.
-
-    >>> fits(np.zeros(2, np.float32)), fits(np.zeros(2))
-    (True, False)
-    """
+def _fits(x: jax.Array | np.ndarray) -> bool:
+    """Whether an array enters a program as it is: concrete, and of a dtype that JAX has."""
     if isinstance(x, jax.Array):
         return not isinstance(x, jax.core.Tracer)
-    if not isinstance(x, np.ndarray):
-        return True
     numbers = jax.dtypes.issubdtype(x.dtype, np.number) or x.dtype == bool
     return numbers and jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import numpy as np
 
 from sparse_attn.masks import block_mask, grids, reorder
@@ -12,6 +13,7 @@ _CHUNK = 1 << 20  # Elements of mask_fn evaluated at a time.
 
 
 @functools.lru_cache(maxsize=16)
+@jax.ensure_compile_time_eval()  # A pattern may compute with jax, and the caller be in a jit.
 def lower(
     pattern: base.Pattern,
     order: reorder.Reordering,

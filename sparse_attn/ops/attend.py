@@ -84,10 +84,6 @@ def attend(
     >>> attend(q, k, v, mask=local.Local(window=32)).shape
     (1, 300, 4, 16)
     """
-    if not isinstance(mask, (base.Pattern, per_head.PerHead, block_mask.BlockMask)):
-        mask = tuple(mask)
-        if not all(isinstance(pattern, base.Pattern) for pattern in mask):
-            raise ValueError("mask must be a Pattern, a PerHead, a BlockMask or one Pattern a head")
     static = isinstance(mask, block_mask.BlockMask) and mask.is_static
     out, lse = (_attend if static else _one_program)(
         q, k, v, segment_ids, positions, key_bias, sink_logits, mask=mask,
@@ -296,6 +292,8 @@ def _block_mask(mask, num_heads, q_len, kv_len, q_pos, kv_pos):
         mask = mask.for_heads(num_heads)
     elif not isinstance(mask, base.Pattern):
         mask = tuple(mask)
+        if not all(isinstance(pattern, base.Pattern) for pattern in mask):
+            raise ValueError("mask must be a Pattern, a PerHead, a BlockMask or one Pattern a head")
         if len(mask) != num_heads:
             raise ValueError(f"mask has {len(mask)} patterns, q has {num_heads} heads")
     if q_pos is None:

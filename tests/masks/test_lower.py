@@ -2,11 +2,13 @@
 
 import tracemalloc
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sparse_attn import patterns
-from sparse_attn.masks import block_mask, lower
+from sparse_attn.masks import block_mask, curves, lower, tables
 from sparse_attn.patterns import base, causal, local, per_head, sinks
 
 MILLION = 1 << 20
@@ -155,3 +157,28 @@ def test_more_active_blocks_than_int32_is_an_error(monkeypatch):
     monkeypatch.setattr(lower, "_INT32_MAX", 40)
     with pytest.raises(ValueError, match="block_q=4 and block_kv=4 must be larger: 45 active"):
         lower.lower(causal.Causal(), q_len=36, block_q=4, block_kv=4)
+
+
+class _Wave(base.Pattern):
+    def mask_fn(self, q_pos, kv_pos):
+        return jnp.sin(q_pos * 1.0) > jnp.cos(kv_pos * 1.0)
+
+
+@pytest.mark.parametrize("by", [lower.lower, tables.lower])
+def test_a_pattern_that_computes_with_jax_is_lowered_inside_of_jit(by):
+    given = {"q_len": 20} if by is lower.lower else {"order": curves.Gilbert((4, 5))}
+    found = []
+
+    @jax.jit
+    def program(x):
+        found.append(by(_Wave(), **given, block_q=4, block_kv=4))
+        return x
+
+    program(0.0)
+    assert found[0].is_static
+    lower._lower.cache_clear()
+    tables.lower.cache_clear()
+    np.testing.assert_array_equal(
+        block_mask.block_states(found[0]),
+        block_mask.block_states(by(_Wave(), **given, block_q=4, block_kv=4)),
+    )

@@ -184,7 +184,7 @@ def test_mask_fn_broadcasts(pattern):
 
 
 @examples(PATTERNS)
-def test_mask_fn_is_the_same_in_numpy_jax_and_jit(pattern):
+def test_mask_fn_is_the_same_in_numpy_jax_and_traced(pattern):
     q_pos, kv_pos = random_positions(2, 50)[:, None], random_positions(3, 60)[None, :]
     want = pattern.mask_fn(q_pos, kv_pos)
     np.testing.assert_array_equal(
@@ -296,7 +296,7 @@ def check_block_state(pattern, start, ahead):
 
 @examples(PATTERNS)
 def test_block_state_traces(pattern):
-    # The shapes of test_mask_fn_is_the_same_in_numpy_jax_and_jit, for its programs.
+    # The shapes of test_mask_fn_is_the_same_in_numpy_jax_and_traced, for its programs.
     q_lo, kv_lo = positions(50)[:, None] * 8, positions(60)[None, :] * 8
     ranges = q_lo, q_lo + 8, kv_lo, kv_lo + 8
     visible, area = count_blocks(dense(pattern, 400, 480), 8, 8)

@@ -77,17 +77,16 @@ def _dense_tables(mask):
 def _static_tables(mask):
     """The same in NumPy: constants take XLA a fraction of the time to compile."""
     shape = (mask.batch, mask.num_tables, mask.num_rows, mask.num_cols)
-    states, slots = np.zeros(shape, np.int8), np.full(shape, -1)
+    states, bits = np.zeros(shape, np.int8), None
+    if mask.bits is not None:
+        bits = np.zeros((*shape, mask.block_q, mask.block_kv), mask.bits.dtype)
     for b, u in np.ndindex(shape[:2]):
-        for state in (block_mask.BlockState.PARTIAL, block_mask.BlockState.FULL):
-            for rows, cols, places in block_mask.entries(mask, state, batch=b, table=u):
-                states[b, u, rows, cols] = state
-                if mask.bits is not None:
-                    slots[b, u, rows, cols] = mask.kv_bits[b, u, places]
-    if mask.bits is None:
-        return jnp.asarray(states), None
-    bits = [[mask.bits[b, u][slots[b, u]] for u in range(shape[1])] for b in range(shape[0])]
-    return jnp.asarray(states), jnp.where(slots[..., None, None] >= 0, np.stack(bits), 0)
+        states[b, u] = block_mask.block_states(mask, batch=b, table=u)
+        if bits is not None:  # Only PARTIAL blocks have some.
+            partial = block_mask.entries(mask, block_mask.BlockState.PARTIAL, batch=b, table=u)
+            for rows, cols, places in partial:
+                bits[b, u, rows, cols] = mask.bits[b, u, mask.kv_bits[b, u, places]]
+    return jnp.asarray(states), None if bits is None else jnp.asarray(bits)
 
 
 def forward(inputs: inputs_lib.Inputs) -> tuple[jax.Array, jax.Array]:

@@ -26,7 +26,7 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The tile of each kernel."""
+    """The tiles of both kernels; dq and dk/dv are one launch, so their stages are equal."""
 
     forward: Tile
     dq: Tile

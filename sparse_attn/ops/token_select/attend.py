@@ -142,7 +142,6 @@ def validate(q, k, v, selected, block, pattern, segment_ids, scale) -> inputs_li
     )  # fmt: skip
 
 
-@tiles.one_program
 def _once(selected, blocks):
     """Lists without repetitions and missing blocks: descending, -1 for what is left out."""
     selected = jnp.where((selected >= 0) & (selected < blocks), selected, -1)
