@@ -187,6 +187,19 @@ def test_all_blocks_are_dense():
         np.testing.assert_allclose(mine, theirs, atol=2e-6)
 
 
+@pytest.mark.parametrize("count", [1, 9, 40])
+def test_blocks_listed_again_or_missing_are_left_out(count):
+    rng = np.random.default_rng(0)
+    selected = rng.integers(-2, 12, (1, 20, 2, count)).astype(np.int32)
+    found = np.asarray(jax.jit(select_lib._once, static_argnums=1)(jnp.asarray(selected), 10))
+    for row, got in zip(selected.reshape(-1, count), found.reshape(-1, count), strict=True):
+        first = [b if 0 <= b < 10 and b not in row[:i] else -1 for i, b in enumerate(row)]
+        if count > select_lib._COMPARED:
+            first = sorted(set(first) - {-1}, reverse=True)
+            got = got[got >= 0]
+        assert got.tolist() == first
+
+
 def test_wrong_arguments_are_named():
     q, k, v, selected = map(jnp.asarray, build(Case("wrong", batch=1))[:4])
     arguments = {"q": q, "k": k, "v": v, "selected": selected, "block": 16, "pattern": CAUSAL}

@@ -20,6 +20,8 @@ _PREFERENCE = {
     "tpu": ("by_block", "xla"),
 }
 CAUSAL = causal.Causal()
+# Places of a list that are compared with each other; sorting few numbers costs GPUs far more.
+_COMPARED = 32
 
 
 @tiles.one_program
@@ -143,11 +145,25 @@ def validate(q, k, v, selected, block, pattern, segment_ids, scale) -> inputs_li
 
 
 def _once(selected, blocks):
-    """Lists without repetitions and missing blocks: descending, -1 for what is left out."""
+    """Lists without repetitions and missing blocks, -1 instead.
+
+    Of equals the first stays, in its place; lists of more than `_COMPARED` come back descending.
+    """
     selected = jnp.where((selected >= 0) & (selected < blocks), selected, -1)
-    ordered = jnp.sort(selected, axis=-1, descending=True)
-    before = jnp.concatenate([jnp.full_like(ordered[..., :1], -1), ordered[..., :-1]], -1)
-    return jnp.where(ordered == before, -1, ordered)
+    if selected.shape[-1] > _COMPARED:
+        ordered = jnp.sort(selected, axis=-1, descending=True)
+        return jnp.where(ordered == _moved(ordered, 1), -1, ordered)
+    again = jnp.zeros(selected.shape, bool)
+    # Place by place, not all pairs at once: XLA makes one pass of it and no array of pairs.
+    for distance in range(1, selected.shape[-1]):
+        again = again | (selected == _moved(selected, distance))
+    return jnp.where(again, -1, selected)
+
+
+def _moved(selected, distance):
+    """Lists `distance` places later, -1 before."""
+    widths = ((0, 0),) * 3 + ((distance, 0),)
+    return jnp.pad(selected[..., :-distance], widths, constant_values=-1)
 
 
 def _choose(inputs, impl, kernel):
