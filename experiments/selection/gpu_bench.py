@@ -131,17 +131,19 @@ def plans(inputs, name: str):
     """All plans of a call on backend `name`; None for one that makes none."""
     if name == "by_block":
         shape = by_block._Shape.of(inputs)
-        steps, tile = by_block._steps(inputs, shape), shape.tile
+        steps, tile, plan = by_block._steps(inputs, shape), shape.tile, plan_lib.plan
     elif name == "triton_gpu":
-        from sparse_attn.ops.token_select import triton_gpu  # Triton need not be installed.
+        # Triton need not be installed.
+        from sparse_attn.ops.token_select import triton_gpu, triton_plan
 
         rows = triton_gpu._tiles(inputs).forward.rows
         inputs = triton_gpu._halved(inputs, rows)
         steps, tile = triton_gpu._steps(inputs), rows // tiles.power_of_two(inputs.sizes[1])
+        plan = triton_plan.plan
     else:
         return None
     blocks = -(-inputs.k.shape[1] // inputs.block)
-    return jax.lax.map(lambda step: plan_lib.plan(step, tile=tile, blocks=blocks), steps)
+    return jax.lax.map(lambda step: plan(step, tile=tile, blocks=blocks), steps)
 
 
 def selected_attention(clock: Clock, backend: Backend, block, q, k, v, selected) -> None:

@@ -189,7 +189,8 @@ CELLS = [
 def test_kernels_compile_for(cell, tmp_path):
     """As of the block kernels: the compiler takes them, and they fit the device."""
     reports = triton_compile.reports(cell, tmp_path)
-    names = ["forward", "merge", "backward", "merge", "sum", "sum"]
+    plan = ["count", "sum", "place"]
+    names = [*plan, "forward", "merge", *plan, "backward", "merge", "sum", "sum"]
     assert [r["kernel"].removesuffix("_kernel") for r in reports] == names
     for report in reports:
         products = report["kernel"] in ("forward_kernel", "backward_kernel")

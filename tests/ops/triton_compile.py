@@ -25,7 +25,7 @@ from sparse_attn import attend
 from sparse_attn.masks import block_mask
 from sparse_attn.ops import tiles
 from sparse_attn.ops.token_select import attend as select_lib
-from sparse_attn.ops.token_select import compress, lists
+from sparse_attn.ops.token_select import compress, lists, triton_plan
 from sparse_attn.patterns import causal, local
 
 # Capability -> bytes of shared memory that one program may take.
@@ -42,7 +42,8 @@ def reports(cell: dict[str, Any], cache: pathlib.Path) -> list[dict[str, Any]]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    capability = cell.get("choose", cell)["capability"]
+    (inner,) = [cell[name] for name in ("choose", "plan") if name in cell] or [cell]
+    capability = inner["capability"]
     for report in found:
         assert report["shared"] <= SHARED[capability], report
     return found
@@ -145,9 +146,19 @@ def compile_choice(
         jax.eval_shape(lambda q, k, ids: by_mean(q, k, segment_ids=ids), q, k, ids)
 
 
+def compile_plan(capability, blocks, places, tile):
+    """Compiles what plans lists of 32768 queries."""
+    sys.modules["jax_triton"] = sys.modules[__name__]
+    selected = jax.ShapeDtypeStruct((1, 32768, 2, places), jnp.int32)
+    with tiles.assume(tiles.Target("gpu", "assumed", capability)):
+        jax.eval_shape(lambda x: triton_plan.plan(x, tile=tile, blocks=blocks), selected)
+
+
 if __name__ == "__main__":
     cell = json.loads(sys.argv[1])
     if "choose" in cell:
         compile_choice(**cell["choose"])
+    elif "plan" in cell:
+        compile_plan(**cell["plan"])
     else:
         (compile_lists if "group" in cell else compile_cell)(**cell)

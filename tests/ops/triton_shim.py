@@ -7,12 +7,17 @@ computes bfloat16 wrongly (as uint16), so such arrays go in as float32 and come 
 
 import contextlib
 import sys
+import threading
 
 import jax
 import ml_dtypes
 import numpy as np
 
 from sparse_attn.ops import tiles
+
+
+# XLA runs callbacks side by side; the interpreter replaces functions of `triton` while it runs.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class _Tensor:
@@ -64,7 +69,8 @@ def triton_call(*args, kernel, out_shape, grid, num_warps, num_stages, **constan
         outputs = [np.empty(s.shape, _interpreted(s.dtype)) for s in out_shape]
         for x in outputs:
             x.view(np.uint8)[...] = 255  # nan, or -1
-        kernel[grid](*operands, *map(_Tensor, outputs), **constants)
+        with _ONE_AT_A_TIME:
+            kernel[grid](*operands, *map(_Tensor, outputs), **constants)
         return tuple(x.astype(s.dtype) for x, s in zip(outputs, out_shape, strict=True))
 
     return jax.pure_callback(run, tuple(out_shape), *arrays)

@@ -28,7 +28,8 @@ class Plan(NamedTuple):
 
     Attributes:
       entry: `[B, U, tiles * tile]`, the entry of each place as `t * n + i`; T * n for padding.
-      place: `[B, U, T, n]`, the place of each entry; past the end where nothing is listed.
+      place: `[B, U, T, n]`, the place of each entry; past the end where nothing is listed. None
+        from kernels that do not say.
       starts, counts: `[B, U, blocks]`, the tiles of each block.
       block: `[B, U, tiles]`, the block of each tile; `blocks` for tiles without entries.
     """
@@ -96,20 +97,13 @@ def plan(selected: Int[Array, "B T U n"], *, tile: int, blocks: int) -> Plan:
     """
     _, length, _, count = selected.shape
     entries = length * count
-    num_tiles = most_tiles(entries, tile=tile, blocks=blocks)
+    num_tiles = checked_tiles(entries, tile=tile, blocks=blocks)
     size = num_tiles * tile
-    if size + entries > jnp.iinfo(jnp.int32).max:
-        raise NotImplementedError(
-            f"{entries} entries of a list in tiles of {tile} are more than int32 counts: pass fewer"
-            " queries at a time"
-        )
 
     def one(selected):
         key = jnp.where(selected < 0, blocks, selected).ravel()
         number, totals = _numbered(key, blocks)
-        counts = -(-totals // tile)
-        ends = jnp.cumsum(counts)
-        starts = ends - counts
+        starts, counts, owner = tiles_of(totals, tile, num_tiles)
         listed = key < blocks
         index = jnp.arange(entries, dtype=jnp.int32)
         # Nothing is listed: past the end, and unique as well.
@@ -118,9 +112,36 @@ def plan(selected: Int[Array, "B T U n"], *, tile: int, blocks: int) -> Plan:
         )
         entry = jnp.full(size, entries, jnp.int32)
         entry = entry.at[place].set(index, mode="drop", unique_indices=True)
-        return Plan(entry, place.reshape(length, count), starts, counts, _owners(ends, num_tiles))
+        return Plan(entry, place.reshape(length, count), starts, counts, owner)
 
     return jax.vmap(jax.vmap(one))(selected.swapaxes(1, 2))
+
+
+def checked_tiles(entries: int, *, tile: int, blocks: int) -> int:
+    """`most_tiles`, where int32 can count their places.
+
+    Raises:
+      NotImplementedError: it cannot.
+    """
+    num_tiles = most_tiles(entries, tile=tile, blocks=blocks)
+    if num_tiles * tile + entries > jnp.iinfo(jnp.int32).max:
+        raise NotImplementedError(
+            f"{entries} entries of a list in tiles of {tile} are more than int32 counts: pass fewer"
+            " queries at a time"
+        )
+    return num_tiles
+
+
+def tiles_of(totals: Int[Array, "*B m"], tile: int, num_tiles: int) -> tuple[Array, Array, Array]:
+    """First tile and number of tiles of blocks with `totals` entries, and the block of each tile.
+
+    >>> [x.tolist() for x in tiles_of(jnp.array([1, 0, 5]), 4, 4)]
+    [[0, 1, 1], [1, 0, 2], [0, 2, 2, 3]]
+    """
+    counts = -(-totals // tile)
+    ends = jnp.cumsum(counts, axis=-1)
+    owners = jnp.vectorize(lambda ends: _owners(ends, num_tiles), signature="(m)->(t)")
+    return ends - counts, counts, owners(ends)
 
 
 @tiles.one_program

@@ -19,7 +19,7 @@ from sparse_attn.ops.block_sparse import triton_gpu as blocks_lib
 from sparse_attn.ops.block_sparse import triton_rules
 from sparse_attn.ops.token_select import inputs as inputs_lib
 from sparse_attn.ops.token_select import plan as plan_lib
-from sparse_attn.ops.token_select import triton_kernels
+from sparse_attn.ops.token_select import triton_kernels, triton_plan
 
 _LOG2E = 1.4426950408889634
 _MAX_BLOCK = 128
@@ -183,7 +183,7 @@ def _launch(kernel, inputs, selected, tile: Tile, keys: int, arrays, outputs) ->
     padded = tiles.power_of_two(group)
     size = tile.rows // padded
     blocks = -(-kv_len // inputs.block)
-    plan = plan_lib.plan(selected, tile=size, blocks=blocks)
+    plan = triton_plan.plan(selected, tile=size, blocks=blocks)
     segments = plan_lib.segments(plan, tile.tiles)
     count = segments.work.shape[2]
     ids = (inputs.q_segment_ids, inputs.kv_segment_ids)
