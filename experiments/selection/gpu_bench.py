@@ -26,7 +26,7 @@ from experiments.kernels import bench
 from experiments.kernels.gpu_bench import median_ms
 from experiments.selection import fla_nsa, gpu_report
 from sparse_attn.ops import attend as attend_lib
-from sparse_attn.ops import scoring, tiles
+from sparse_attn.ops import scoring
 from sparse_attn.ops.token_select import attend as select_lib
 from sparse_attn.ops.token_select import by_block, compress, lists
 from sparse_attn.ops.token_select import plan as plan_lib
@@ -129,21 +129,15 @@ class Backend(NamedTuple):
 
 def plans(inputs, name: str):
     """All plans of a call on backend `name`; None for one that makes none."""
-    if name == "by_block":
-        shape = by_block._Shape.of(inputs)
-        steps, tile, plan = by_block._steps(inputs, shape), shape.tile, plan_lib.plan
-    elif name == "triton_gpu":
-        # Triton need not be installed.
-        from sparse_attn.ops.token_select import triton_gpu, triton_plan
+    if name == "triton_gpu":
+        from sparse_attn.ops.token_select import triton_gpu  # Triton need not be installed.
 
-        rows = triton_gpu._tiles(inputs).forward.rows
-        inputs = triton_gpu._halved(inputs, rows)
-        steps, tile = triton_gpu._steps(inputs), rows // tiles.power_of_two(inputs.sizes[1])
-        plan = triton_plan.plan
-    else:
+        return triton_gpu.plan(inputs)
+    if name != "by_block":
         return None
-    blocks = -(-inputs.k.shape[1] // inputs.block)
-    return jax.lax.map(lambda step: plan(step, tile=tile, blocks=blocks), steps)
+    shape, blocks = by_block._Shape.of(inputs), -(-inputs.k.shape[1] // inputs.block)
+    steps = by_block._steps(inputs, shape)
+    return jax.lax.map(lambda step: plan_lib.plan(step, tile=shape.tile, blocks=blocks), steps)
 
 
 def selected_attention(clock: Clock, backend: Backend, block, q, k, v, selected) -> None:

@@ -15,7 +15,6 @@ import numpy as np
 
 from sparse_attn.ops import tiles
 
-
 # XLA runs callbacks side by side; the interpreter replaces functions of `triton` while it runs.
 _ONE_AT_A_TIME = threading.Lock()
 

@@ -188,7 +188,8 @@ def _run(backend, inputs, kernel):
     static = (inputs.pattern, inputs.block, inputs.scale)
 
     def rebuild(floats, integers):
-        return inputs_lib.Inputs(*floats, *integers, *static)
+        ids, plan = integers
+        return inputs_lib.Inputs(*floats, *ids, *static, plan)
 
     def forward(floats, integers):
         return backend.forward(rebuild(floats, integers), kernel)
@@ -197,5 +198,6 @@ def _run(backend, inputs, kernel):
         return backend.backward(rebuild(floats, integers), kernel, lse, dout, delta)
 
     ids = (inputs.selected, inputs.q_segment_ids, inputs.kv_segment_ids)
+    plan = backend.plan(inputs, kernel) if hasattr(backend, "plan") else None
     floats = (inputs.q, inputs.k, inputs.v)
-    return softmax.with_backward(forward, backward, floats, ids, may_be_empty=True)
+    return softmax.with_backward(forward, backward, floats, (ids, plan), may_be_empty=True)

@@ -4,7 +4,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from sparse_attn.patterns import base
 
@@ -23,6 +23,7 @@ class Inputs(NamedTuple):
       pattern: its `mask_fn` hides keys inside the selected blocks.
       block: tokens per block of keys.
       scale: factor of the logits.
+      plan: what the backend's `plan` gave, arrays of integers; None if it has none.
     """
 
     q: Float[Array, "B T N H"]
@@ -34,6 +35,7 @@ class Inputs(NamedTuple):
     pattern: base.Pattern
     block: int
     scale: float
+    plan: PyTree = None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -51,7 +53,11 @@ class Grads(NamedTuple):
 
 
 class Backend(Protocol):
-    """The functions of a backend module; one without `backward` is differentiated by JAX."""
+    """The functions of a backend module; one without `backward` is differentiated by JAX.
+
+    One with `backward` may have `plan(inputs, kernel)`: what depends on integers alone, computed
+    once for both passes, which find it in their inputs.
+    """
 
     def check(self, inputs: Inputs, kernel: str | None) -> None:
         """Raises NotImplementedError(reason) for what this backend cannot do."""

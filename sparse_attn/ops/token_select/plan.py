@@ -144,6 +144,20 @@ def tiles_of(totals: Int[Array, "*B m"], tile: int, num_tiles: int) -> tuple[Arr
     return ends - counts, counts, owners(ends)
 
 
+def divided(plan: Plan, tile: int) -> Plan:
+    """The same places in tiles of `tile` entries, which divide those of `plan`.
+
+    >>> found = plan(jnp.array([1, 0, 1, 1]).reshape(1, 4, 1, 1), tile=2, blocks=2)
+    >>> found.block.ravel().tolist(), divided(found, 1).block.ravel().tolist()
+    ([0, 1, 1, 2], [0, 0, 1, 1, 1, 1, 2, 2])
+    """
+    parts = plan.entry.shape[-1] // (plan.block.shape[-1] * tile)
+    return plan._replace(
+        starts=plan.starts * parts, counts=plan.counts * parts,
+        block=jnp.repeat(plan.block, parts, axis=-1),
+    )  # fmt: skip
+
+
 @tiles.one_program
 def segments(plan: Plan, most: int) -> Segments:
     """The tiles of each block in segments of at most `most`.

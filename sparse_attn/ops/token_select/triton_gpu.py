@@ -149,9 +149,10 @@ def _backward_bytes(inputs, tile: Tile) -> int:
 # --- One step: some places of the lists -----------------------------------------------------------
 
 
-def _halved(inputs, rows: int):
-    """The same with each list told more than once, until its heads fit the rows of a tile."""
-    _, group, _ = inputs.sizes
+def _halved(inputs):
+    """The same with each list told more than once, until its heads fit the rows of all tiles."""
+    chosen, (_, group, _) = _tiles(inputs), inputs.sizes
+    rows = min(chosen.forward.rows, chosen.backward.rows)
     times = next(n for n in range(1, group + 1) if group % n == 0 and group // n <= rows)
     return inputs._replace(selected=jnp.repeat(inputs.selected, times, axis=2))
 
@@ -164,15 +165,33 @@ def _steps(inputs):
     return plan_lib.in_steps(inputs.selected, *found)
 
 
-def _over(steps, step, dtype):
-    """The last result of `step(before, selected, dtype)`; those in between are float32."""
-    if steps.shape[0] == 1:
-        return step(None, steps[0], dtype)
-    start = step(None, steps[0], jnp.float32)
-    return jax.lax.scan(lambda *x: (step(*x, jnp.float32), None), start, steps[1:])[0]
+def _over(inputs, step, dtype):
+    """The last result of `step(before, selected, plan, dtype)`; those in between are float32."""
+    each = (_steps(inputs), inputs.plan)
+    first, rest = (jax.tree.map(lambda x, at=at: x[at], each) for at in (0, slice(1, None)))
+    if each[0].shape[0] == 1:
+        return step(None, *first, dtype)
+    start = step(None, *first, jnp.float32)
+    return jax.lax.scan(lambda before, x: (step(before, *x, jnp.float32), None), start, rest)[0]
 
 
-def _launch(kernel, inputs, selected, tile: Tile, keys: int, arrays, outputs) -> tuple[Any, Any]:
+def _entries(inputs, tile: Tile) -> int:
+    """Entries of a tile: the heads of each are padded to a power of two."""
+    return tile.rows // tiles.power_of_two(inputs.sizes[1])
+
+
+def plan(inputs: inputs_lib.Inputs, kernel: str | None = None) -> plan_lib.Plan:
+    """The plan of each step, for both passes: in the larger tiles; the smaller ones divide them."""
+    del kernel
+    chosen, inputs = _tiles(inputs), _halved(inputs)
+    size = max(_entries(inputs, chosen.forward), _entries(inputs, chosen.backward))
+    blocks = -(-inputs.k.shape[1] // inputs.block)
+    return jax.lax.map(
+        lambda selected: triton_plan.plan(selected, tile=size, blocks=blocks), _steps(inputs)
+    )
+
+
+def _launch(kernel, inputs, selected, plan, tile: Tile, keys: int, arrays, outputs) -> tuple:
     """Calls a kernel over the segments of the step; also gives the segments.
 
     `outputs` makes the shapes of its results from the number of segments.
@@ -180,10 +199,8 @@ def _launch(kernel, inputs, selected, tile: Tile, keys: int, arrays, outputs) ->
     tables, group, _ = inputs.sizes
     batch, q_len, heads, width = inputs.q.shape
     kv_len, kv_heads, v_width = inputs.v.shape[1:]
-    padded = tiles.power_of_two(group)
-    size = tile.rows // padded
-    blocks = -(-kv_len // inputs.block)
-    plan = triton_plan.plan(selected, tile=size, blocks=blocks)
+    size = _entries(inputs, tile)
+    plan = plan_lib.divided(plan, size)
     segments = plan_lib.segments(plan, tile.tiles)
     count = segments.work.shape[2]
     ids = (inputs.q_segment_ids, inputs.kv_segment_ids)
@@ -195,8 +212,8 @@ def _launch(kernel, inputs, selected, tile: Tile, keys: int, arrays, outputs) ->
         num_warps=tile.warps, num_stages=tile.stages,
         HEADS=heads, KV_HEADS=kv_heads, TABLES=tables, PLACES=selected.shape[3],
         H=width, HV=v_width, HP=blocks_lib._padded(width), HVP=blocks_lib._padded(v_width),
-        BLOCK=inputs.block, KEYS=keys, TILE=size, PADDED=padded, SCALE=inputs.scale,
-        RULE=_rule(inputs), IDS=inputs.q_segment_ids is not None,
+        BLOCK=inputs.block, KEYS=keys, TILE=size, PADDED=tiles.power_of_two(group),
+        SCALE=inputs.scale, RULE=_rule(inputs), IDS=inputs.q_segment_ids is not None,
     )  # fmt: skip
     return found, segments
 
@@ -232,14 +249,14 @@ def forward(inputs: inputs_lib.Inputs, kernel: str | None = None) -> tuple[jax.A
     """`out [B, T, N, Hv]` in q's dtype and `lse [B, T, N]` float32."""
     del kernel
     tile = _tiles(inputs).forward
-    inputs = _halved(inputs, tile.rows)
+    inputs = _halved(inputs)
     batch, length, heads, _ = inputs.q.shape
     keys = min(tile.keys, blocks_lib._padded(inputs.block))
 
-    def step(before, selected, dtype):
+    def step(before, selected, plan, dtype):
         pieces = (batch, length, selected.shape[3], heads)
         found, _ = _launch(
-            triton_kernels.forward_kernel, inputs, selected, tile, keys,
+            triton_kernels.forward_kernel, inputs, selected, plan, tile, keys,
             (inputs.q, inputs.k, inputs.v),
             lambda _: (
                 jax.ShapeDtypeStruct((*pieces, inputs.v.shape[3]), inputs.q.dtype),
@@ -248,7 +265,7 @@ def forward(inputs: inputs_lib.Inputs, kernel: str | None = None) -> tuple[jax.A
         )  # fmt: skip
         return _merge(before, *found, selected, dtype)
 
-    out, lse = _over(_steps(inputs), step, inputs.q.dtype)
+    out, lse = _over(inputs, step, inputs.q.dtype)
     return out.astype(inputs.q.dtype), lse
 
 
@@ -259,13 +276,13 @@ def backward(
     del kernel
     chosen = _tiles(inputs)
     tile, likes = chosen.backward, (inputs.q, inputs.k, inputs.v)
-    inputs = _halved(inputs, tile.rows)
+    inputs = _halved(inputs)
     batch, length = inputs.q.shape[:2]
     tables = inputs.sizes[0]
     # exp2(logits - inf) = 0 gives empty rows zero gradients.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * _LOG2E)
 
-    def step(before, selected, dtype):
+    def step(before, selected, plan, dtype):
         def outputs(segments):
             each = (batch, tables, segments, inputs.block)
             entries = (batch, length, selected.shape[3], *inputs.q.shape[2:])
@@ -275,7 +292,7 @@ def backward(
             )
 
         (dq, dk, dv), segments = _launch(
-            triton_kernels.backward_kernel, inputs, selected, tile,
+            triton_kernels.backward_kernel, inputs, selected, plan, tile,
             blocks_lib._padded(inputs.block), (*likes, dout, lse, delta), outputs,
         )  # fmt: skip
         dq = _merge(before and before[:2], dq, None, selected, dtype)
@@ -285,7 +302,7 @@ def backward(
             dk, dv = dk + before[2], dv + before[3]
         return *dq, dk, dv
 
-    dq, _, dk, dv = _over(_steps(inputs), step, inputs.q.dtype)
+    dq, _, dk, dv = _over(inputs, step, inputs.q.dtype)
     grads = zip((dq, dk, dv), likes, strict=True)
     return inputs_lib.Grads(*(x.astype(like.dtype) for x, like in grads))
 
