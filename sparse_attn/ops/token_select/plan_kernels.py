@@ -1,8 +1,8 @@
 """Triton kernels that put entries of lists in order of blocks, in whole tiles: as `plan.py` says.
 
 A program has a chunk of entries. It counts them by block; when the counts of all chunks are added
-up, it knows its first place of each block and writes its entries there. Equals inside a chunk are
-told apart by comparing all pairs. Nothing depends on which program is first.
+up, it knows its first place of each block and writes its entries there. Inside a chunk, 32 entries
+are compared with one in a few operations on their bits. Nothing depends on which program is first.
 
 `selected [B, T, U, n]` lies as the caller's; a table is one of its B * U, and entry `t * n + i` of
 a table is place i of query t. Programs with the same chunk of all tables are neighbours, as their
@@ -32,6 +32,35 @@ def _blocks(selected, entry, batch, table, length, TABLES: tl.constexpr, PLACES:
     token = batch.to(tl.int64) * length + entry // PLACES
     at = (token * TABLES + table) * PLACES + entry % PLACES
     return tl.load(selected + at, mask=entry < length * PLACES, other=-1)
+
+
+@triton.jit
+@typing.no_type_check
+def _ones(x):
+    """How many bits of int32 are set."""
+    x = x.to(tl.uint32, bitcast=True)
+    x -= (x >> 1) & 0x55555555
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    return (((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101 >> 24).to(tl.int32)
+
+
+@triton.jit
+@typing.no_type_check
+def _equals_before(block, CHUNK: tl.constexpr, BITS: tl.constexpr):
+    """How many equal numbers of BITS bits stand before each of `block [CHUNK]`."""
+    WORDS: tl.constexpr = CHUNK // 32
+    block = tl.reshape(block, [WORDS, 32])
+    word, place = tl.arange(0, WORDS), tl.arange(0, 32)
+    # Of 32 numbers and each of all of them, one bit for each of the 32 that is equal to it.
+    equal = tl.full([WORDS, WORDS, 32], -1, tl.int32)
+    for i in range(BITS):
+        bit = (block >> i) & 1
+        bits = tl.sum(bit << place[None, :], 1)
+        equal &= ~(bits[:, None, None] ^ -bit[None, :, :])
+    other, mine = word[:, None, None], word[None, :, None]
+    before = tl.where(other == mine, (1 << place[None, None, :]) - 1, 0)
+    before = tl.where(other < mine, -1, before)
+    return tl.reshape(tl.sum(_ones(equal & before), 0), [CHUNK])
 
 
 @triton.jit
@@ -80,25 +109,20 @@ def sum_kernel(
 @typing.no_type_check
 def place_kernel(
     selected, before, totals, starts, owner, length, num_chunks, num_blocks, num_tiles, entries,
-    TABLES: tl.constexpr, PLACES: tl.constexpr, CHUNK: tl.constexpr, PIECE: tl.constexpr,
+    TABLES: tl.constexpr, PLACES: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """The entry of each place `[B, U, tiles * TILE]`, T * n for padding.
 
     `starts [B, U, blocks]` are first tiles, `owner [B, U, tiles]` the block of each, or num_blocks.
-    An entry is compared with PIECE entries of its chunk at a time.
+    BITS are those of num_blocks.
     """
     batch, table, chunk = _program(num_chunks, TABLES)
     at = tl.arange(0, CHUNK)
     entry = chunk * CHUNK + at
     block = _blocks(selected, entry, batch, table, length, TABLES, PLACES)
-    number = tl.zeros([CHUNK], tl.int32)
-    for first in range(0, CHUNK, PIECE):
-        other = chunk * CHUNK + first + tl.arange(0, PIECE)
-        others = _blocks(selected, other, batch, table, length, TABLES, PLACES)
-        equal = (others[:, None] == block[None, :]) & (other[:, None] < entry[None, :])
-        # Along the axis that a thread has more of.
-        number += tl.sum(equal.to(tl.int32), 0)
+    # Of entries that list nothing all bits are set, and no block is as large.
+    number = _equals_before(block, CHUNK, BITS)
     row = (batch * TABLES + table).to(tl.int64)
     before += (row * num_chunks + chunk) * num_blocks
     totals += row * num_blocks

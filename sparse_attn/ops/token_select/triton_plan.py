@@ -20,14 +20,12 @@ class Sizes(NamedTuple):
 
     Attributes:
       chunk: entries of a program that counts and places.
-      piece: of those that are compared with all of the chunk at a time.
       count_warps, place_warps: of these programs.
       sum_chunks, sum_blocks: counts that a program adds up at a time.
       sum_warps: of these programs.
     """
 
     chunk: int
-    piece: int
     count_warps: int
     place_warps: int
     sum_chunks: int
@@ -42,7 +40,7 @@ def sizes(blocks: int) -> Sizes:
     [128, 128, 512]
     """
     chunk = max(128, tiles.power_of_two(-(-blocks // 8)))
-    return Sizes(chunk, 128, 1, chunk // 64, 128, 32, 4)
+    return Sizes(chunk, 1, chunk // 128, 128, 32, 4)
 
 
 def plan(selected: Int[Array, "B T U n"], *, tile: int, blocks: int) -> plan_lib.Plan:
@@ -84,6 +82,6 @@ def plan(selected: Int[Array, "B T U n"], *, tile: int, blocks: int) -> plan_lib
         selected, before, totals, starts, owner, length, chunks, blocks, num_tiles,
         kernel=plan_kernels.place_kernel,
         out_shape=(jax.ShapeDtypeStruct((batch, tables, num_tiles * tile), jnp.int32),),
-        num_warps=size.place_warps, num_stages=1, PIECE=size.piece, TILE=tile, **chunked,
+        num_warps=size.place_warps, num_stages=1, BITS=blocks.bit_length(), TILE=tile, **chunked,
     )  # fmt: skip
     return plan_lib.Plan(entry, None, starts, counts, owner)
