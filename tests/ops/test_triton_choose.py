@@ -214,7 +214,7 @@ def test_shapes_that_the_scores_kernel_does_not_take():
 # --- The gate of MoBA -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("documents", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("documents", [False, True])
 def test_gate(documents):
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.standard_normal((2, 43, n, 24)), jnp.float16) for n in (4, 2))

@@ -20,8 +20,8 @@ import triton.language as tl
 @typing.no_type_check
 def _sortable(x):
     """Floats without NaN as integers in the same order; equal floats, 0 and -0 too, stay equal."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    bits = (x + 0.0).to(tl.int32, bitcast=True)  # -0 + 0 = 0
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -36,14 +36,25 @@ def _ranked(scores, candidate, forced):
 
 @triton.jit
 @typing.no_type_check
-def _take(x, at, out, valid, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    """Writes the places of the COUNT largest of each row, of equals the first; -1 for -inf."""
+def _take(x, out, valid, COUNT: tl.constexpr):
+    """Writes the places of the COUNT largest of each row, of equals the first; -1 for -inf.
+
+    Neighbours are put in order first: then a pass looks at the larger ones, half of all.
+    """
     NOTHING: tl.constexpr = -2139095041  # _sortable(-inf)
+    ROWS: tl.constexpr = x.shape[0]
+    PAIRS: tl.constexpr = x.shape[1] // 2
+    first, second = tl.split(tl.reshape(x, [ROWS, PAIRS, 2]))
+    place = 2 * tl.arange(0, PAIRS)[None, :] + (second > first).to(tl.int32)
+    large, small = tl.maximum(first, second), tl.minimum(first, second)
     for i in range(COUNT):
-        top = tl.max(x, 1)
-        place = tl.min(tl.where(x == top[:, None], at[None, :], WIDTH), 1)
-        tl.store(out + i, tl.where(top == NOTHING, -1, place), mask=valid)
-        x = tl.where(at[None, :] == place[:, None], NOTHING, x)
+        top = tl.max(large, 1)
+        best = tl.min(tl.where(large == top[:, None], place, 2 * PAIRS), 1)
+        tl.store(out + i, tl.where(top == NOTHING, -1, best), mask=valid)
+        taken = place == best[:, None]
+        large = tl.where(taken, small, large)
+        place = tl.where(taken, place ^ 1, place)
+        small = tl.where(taken, NOTHING, small)
 
 
 @triton.jit
@@ -56,7 +67,7 @@ def largest_kernel(
     at = tl.arange(0, WIDTH)
     inside = (row < rows)[:, None] & (at < width)[None, :]
     x = tl.load(key + row[:, None] * width + at[None, :], mask=inside, other=float("-inf"))
-    _take(_sortable(x), at, out + row * COUNT, row < rows, COUNT, WIDTH)
+    _take(_sortable(x), out + row * COUNT, row < rows, COUNT)
 
 
 @triton.jit
@@ -90,7 +101,7 @@ def blocks_kernel(
         there = candidate & (at >= reach)[None, :]
         scores += tl.load(parts + part[:, None] + at[None, :], mask=there, other=0.0)
     x = _ranked(scores, candidate, forced)
-    _take(x, at, out + row.to(tl.int64) * COUNT, valid, COUNT, WIDTH)
+    _take(x, out + row.to(tl.int64) * COUNT, valid, COUNT)
 
 
 @triton.jit
@@ -197,14 +208,20 @@ def gate_kernel(
     mean = tl.load(means + mean_row[:, None] * H + dim[None, :], mask=there, other=0.0)
     scores = tl.dot(query, tl.trans(mean), input_precision="ieee")
     own = position // BLOCK
-    candidate = (at[None, :] <= own[:, None]) & (at < blocks)[None, :]
     if IDS:
+        candidate = (at[None, :] <= own[:, None]) & (at < blocks)[None, :]
         token = batch * length + position
         mine = tl.load(ids + token, mask=real, other=0)[:, None]
         block = batch * num_means + at
         least = tl.load(low + block, mask=at < blocks, other=0)[None, :]
         most = tl.load(high + block, mask=at < blocks, other=0)[None, :]
         candidate = candidate & (least <= mine) & (mine <= most)
-    x = _ranked(scores, candidate, at[None, :] == own[:, None])
     out += ((batch * chunk + within) * HEADS + head) * COUNT
-    _take(x, at, out, within < chunk, COUNT, WIDTH)
+    if IDS:
+        x = _ranked(scores, candidate, at[None, :] == own[:, None])
+        _take(x, out, within < chunk, COUNT)
+    else:
+        # It needs no pass: it is in every list.
+        tl.store(out, own, mask=within < chunk)
+        x = _ranked(scores, at[None, :] < own[:, None], False)
+        _take(x, out + 1, within < chunk, COUNT - 1)

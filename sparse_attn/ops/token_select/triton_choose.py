@@ -117,6 +117,11 @@ def overlaps(strides: Any, block: int) -> int:
     return (per + strides.size // strides.stride - 2) // per + 1
 
 
+def _width(numbers: int) -> int:
+    """Numbers of a row in a kernel, which has pairs of them."""
+    return max(2, tiles.power_of_two(numbers))
+
+
 def largest(key: Float[Array, "*B n"], count: int) -> Int[Array, "*B m"]:
     """Places of the `count` largest of the last axis, of equals the first; -1 for -inf.
 
@@ -124,7 +129,7 @@ def largest(key: Float[Array, "*B n"], count: int) -> Int[Array, "*B m"]:
       key: float32 without NaN; see `takes_rows`.
     """
     lead, width = key.shape[:-1], key.shape[-1]
-    padded = tiles.power_of_two(width)
+    padded = _width(width)
     tile = rows_tile(padded)
 
     def call(_, key):
@@ -221,7 +226,7 @@ def best_blocks(
       starts: where the document of each token starts.
     """
     _, num_parts, chunk, lists, blocks = parts.shape
-    padded = tiles.power_of_two(blocks)
+    padded = _width(blocks)
     tile = rows_tile(padded)
 
     def call(start, parts, *starts):

@@ -40,7 +40,7 @@ def sizes(blocks: int) -> Sizes:
     [128, 128, 512]
     """
     chunk = max(128, tiles.power_of_two(-(-blocks // 8)))
-    return Sizes(chunk, 1, chunk // 128, 128, 32, 4)
+    return Sizes(chunk, 1, chunk // 128, 256, 16, 8)
 
 
 def plan(selected: Int[Array, "B T U n"], *, tile: int, blocks: int) -> plan_lib.Plan:
