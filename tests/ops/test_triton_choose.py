@@ -218,6 +218,9 @@ def test_shapes_that_the_scores_kernel_does_not_take():
 def test_gate(documents):
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.standard_normal((2, 43, n, 24)), jnp.float16) for n in (4, 2))
+    # Scores that are all equal, infinite, and NaN.
+    q, k = q.at[0, 35].set(0).at[1, 40, :, 0].set(1), k.at[1, 10, 0, 0].set(jnp.inf)
+    k = k.at[1, 20].set(jnp.nan)
     ids = None
     if documents:
         ids = jnp.asarray(np.sort(rng.integers(0, 4, (2, 43)), axis=1)[:, ::-1].copy(), jnp.int32)
