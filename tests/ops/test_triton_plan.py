@@ -13,7 +13,7 @@ from tests.ops import triton_compile, triton_shim
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1: run with JAX_PLATFORMS=cpu", allow_module_level=True)
 
-SMALL = triton_plan.Sizes(32, 1, 1, 2, 16, 1)
+SMALL = triton_plan.Sizes(32, 1, 2, 16, 1)
 
 
 def lists(shape, blocks, seed=0):

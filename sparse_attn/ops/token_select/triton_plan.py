@@ -20,27 +20,26 @@ class Sizes(NamedTuple):
 
     Attributes:
       chunk: entries of a program that counts and places.
-      count_warps, place_warps: of these programs.
+      warps: of these programs.
       sum_chunks, sum_blocks: counts that a program adds up at a time.
       sum_warps: of these programs.
     """
 
     chunk: int
-    count_warps: int
-    place_warps: int
+    warps: int
     sum_chunks: int
     sum_blocks: int
     sum_warps: int
 
 
 def sizes(blocks: int) -> Sizes:
-    """For `blocks` blocks: at most 8 counts per entry, and few comparisons.
+    """For `blocks` blocks: at most 8 counts per entry; the work per entry grows with the chunk.
 
     >>> [sizes(blocks).chunk for blocks in (256, 1024, 4096)]
     [128, 128, 512]
     """
     chunk = max(128, tiles.power_of_two(-(-blocks // 8)))
-    return Sizes(chunk, 1, chunk // 128, 256, 16, 8)
+    return Sizes(chunk, chunk // 128, 256, 16, 8)
 
 
 def plan(selected: Int[Array, "B T U n"], *, tile: int, blocks: int) -> plan_lib.Plan:
@@ -65,7 +64,7 @@ def plan(selected: Int[Array, "B T U n"], *, tile: int, blocks: int) -> plan_lib
     (counts,) = call(
         selected, length, chunks, blocks, kernel=plan_kernels.count_kernel,
         out_shape=(jax.ShapeDtypeStruct(counted, jnp.uint8 if size.chunk < 256 else jnp.int32),),
-        num_warps=size.count_warps, num_stages=1, BINS=max(64, tiles.power_of_two(blocks)),
+        num_warps=size.warps, num_stages=1, BINS=max(64, tiles.power_of_two(blocks)),
         **chunked,
     )  # fmt: skip
     before, totals = call(
@@ -82,6 +81,6 @@ def plan(selected: Int[Array, "B T U n"], *, tile: int, blocks: int) -> plan_lib
         selected, before, totals, starts, owner, length, chunks, blocks, num_tiles,
         kernel=plan_kernels.place_kernel,
         out_shape=(jax.ShapeDtypeStruct((batch, tables, num_tiles * tile), jnp.int32),),
-        num_warps=size.place_warps, num_stages=1, BITS=blocks.bit_length(), TILE=tile, **chunked,
+        num_warps=size.warps, num_stages=1, BITS=blocks.bit_length(), TILE=tile, **chunked,
     )  # fmt: skip
     return plan_lib.Plan(entry, None, starts, counts, owner)
