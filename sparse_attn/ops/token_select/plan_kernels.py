@@ -79,7 +79,7 @@ def count_kernel(
     bins = tl.arange(0, BINS)
     found -= tl.where(bins == 0, none, 0)
     counts += ((batch * TABLES + table).to(tl.int64) * num_chunks + chunk) * num_blocks
-    tl.store(counts + bins, found.to(counts.dtype.element_ty), mask=bins < num_blocks)
+    tl.store(counts + bins, found, mask=bins < num_blocks)
 
 
 @triton.jit

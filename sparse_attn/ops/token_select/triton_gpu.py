@@ -20,6 +20,7 @@ from sparse_attn.ops.block_sparse import triton_rules
 from sparse_attn.ops.token_select import inputs as inputs_lib
 from sparse_attn.ops.token_select import plan as plan_lib
 from sparse_attn.ops.token_select import triton_kernels, triton_plan
+from sparse_attn.patterns import causal
 
 _LOG2E = 1.4426950408889634
 _MAX_BLOCK = 128
@@ -116,7 +117,7 @@ def _preferred(inputs) -> tuple[Tile, Tile]:
     if widest * inputs.block <= 64 * 64:
         return Tile(128, 64, 4, 4, 2), Tile(64, _MAX_BLOCK, 32, 4, 2)
     if widest * inputs.block <= 128 * 64:
-        return Tile(128, 64, 16, 4, 2), Tile(32, _MAX_BLOCK, 128, 4, 2)
+        return Tile(64, 64, 16, 4, 2), Tile(32, _MAX_BLOCK, 128, 4, 2)
     if widest <= 128:
         return Tile(64, 128, 16, 4, 3), Tile(64, _MAX_BLOCK, 32, 8, 2)
     return Tile(64, 64, 4, 8, 2), Tile(32, _MAX_BLOCK, 32, 8, 2)
@@ -203,17 +204,19 @@ def _launch(kernel, inputs, selected, plan, tile: Tile, keys: int, arrays, outpu
     plan = plan_lib.divided(plan, size)
     segments = plan_lib.segments(plan, tile.tiles)
     count = segments.work.shape[2]
-    ids = (inputs.q_segment_ids, inputs.kv_segment_ids)
     absent = jnp.zeros((1,), jnp.int32)
+    ids = [absent if x is None else x for x in (inputs.q_segment_ids, inputs.kv_segment_ids)]
     found = blocks_lib.jax_triton().triton_call(
-        *arrays, *[absent if x is None else x for x in ids], segments.work, plan.entry,
-        q_len, kv_len, count, plan.entry.shape[2],
+        *arrays, *ids, segments.work, plan.entry, q_len, kv_len, count,
+        plan.entry.shape[2],
         kernel=kernel, out_shape=outputs(count), grid=(batch * tables * count,),
         num_warps=tile.warps, num_stages=tile.stages,
         HEADS=heads, KV_HEADS=kv_heads, TABLES=tables, PLACES=selected.shape[3],
         H=width, HV=v_width, HP=blocks_lib._padded(width), HVP=blocks_lib._padded(v_width),
         BLOCK=inputs.block, KEYS=keys, TILE=size, PADDED=tiles.power_of_two(group),
-        SCALE=inputs.scale, RULE=_rule(inputs), IDS=inputs.q_segment_ids is not None,
+        SCALE=inputs.scale, RULE=_rule(inputs), IDS=ids[0] is not absent,
+        # Of other patterns it is not known which tiles see a block whole.
+        CAUSAL=inputs.pattern == causal.Causal() and ids[0] is absent and keys == inputs.block,
     )  # fmt: skip
     return found, segments
 

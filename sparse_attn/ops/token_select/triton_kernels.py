@@ -63,15 +63,18 @@ def _visible(q_at, kv_at, kv_valid, id_q, id_kv, RULE: tl.constexpr, IDS: tl.con
 
 @triton.jit
 @typing.no_type_check
-def _softmax_step(acc, total, top, query, key, value, visible, SCALE: tl.constexpr):
-    """Online softmax over one more tile of keys."""
+def _softmax_step(
+    acc, total, top, query, key, value, visible, SCALE: tl.constexpr, MASKED: tl.constexpr
+):
+    """Online softmax over one more tile of keys; all are visible unless MASKED."""
     LOG2E: tl.constexpr = 1.4426950408889634
     # The maximum of products is scaled once per row, not once per element, if that is one.
     FACTOR: tl.constexpr = SCALE * LOG2E if SCALE > 0 else 1.0
     x = tl.dot(query, tl.trans(key), input_precision="ieee")
     if SCALE <= 0:
         x *= SCALE * LOG2E
-    x = tl.where(visible, x, float("-inf"))
+    if MASKED:
+        x = tl.where(visible, x, float("-inf"))
     new_top = tl.maximum(top, tl.max(x, 1) * FACTOR)
     # A row that has seen nothing yet: -inf - -inf would be nan.
     shift = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -84,15 +87,52 @@ def _softmax_step(acc, total, top, query, key, value, visible, SCALE: tl.constex
 
 @triton.jit
 @typing.no_type_check
+def _masked_until(entries, first, count, block, kv_len, BLOCK: tl.constexpr, TILE: tl.constexpr,
+                  PLACES: tl.constexpr):  # fmt: skip
+    """The first tile whose queries, under a causal pattern, see all of the block.
+
+    Entries of a block lie in the order of their queries, so the first one of a tile tells.
+    """
+    until = first
+    last = (block + 1) * BLOCK - 1
+    looking = until < first + count
+    while looking:
+        # Nothing of a block over the end of the keys is seen whole.
+        early = tl.load(entries + until * TILE) // PLACES < last
+        early = early | (last >= kv_len)
+        until += early.to(tl.int32)
+        looking = early & (until < first + count)
+    return until
+
+
+@triton.jit
+@typing.no_type_check
+def _store_entries(
+    out, lse, acc, total, top, entry, head, valid, HEADS: tl.constexpr, HV: tl.constexpr,
+    HVP: tl.constexpr,
+):  # fmt: skip
+    """Writes outputs and natural lse of a tile to the places of its entries."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    safe = tl.where(total == 0.0, 1.0, total)
+    row = entry.to(tl.int64) * HEADS + head
+    # A division per row: one per number would cost more than the exponentials.
+    tiles_lib._store_rows(out, acc * (1.0 / safe)[:, None], row, valid, HV, HV, HVP)
+    tl.store(lse + row, (top + tl.log2(safe)) / LOG2E, mask=valid)
+
+
+@triton.jit
+@typing.no_type_check
 def forward_kernel(
     q, k, v, q_ids, kv_ids, work, entries, q_len, kv_len, num_segments, num_entries, out, lse,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TABLES: tl.constexpr, PLACES: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, HP: tl.constexpr, HVP: tl.constexpr, BLOCK: tl.constexpr,
     KEYS: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr, SCALE: tl.constexpr,
-    RULE: tl.constexpr, IDS: tl.constexpr,
+    RULE: tl.constexpr, IDS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Each entry's own output and natural lse, `[B, T, n, N, Hv]` and `[B, T, n, N]`."""
-    LOG2E: tl.constexpr = 1.4426950408889634
+    """Each entry's own output and natural lse, `[B, T, n, N, Hv]` and `[B, T, n, N]`.
+
+    CAUSAL: nothing but causality hides keys, and a program holds all KEYS = BLOCK of its block.
+    """
     SUB: tl.constexpr = (BLOCK + KEYS - 1) // KEYS
     GROUP: tl.constexpr = HEADS // TABLES
     ROWS: tl.constexpr = TILE * PADDED
@@ -119,7 +159,11 @@ def forward_kernel(
         key, value, bad = _keys(k, v, start + n, kv_valid, KV_HEADS, H, HV, HP, HVP)
         key = _poisoned(key, bad)
         id_kv = tl.load(kv_ids + start + n, mask=kv_valid, other=0) if IDS else n
-    for tile in range(first, first + count):
+    end = first + count
+    until = end
+    if CAUSAL:
+        until = _masked_until(entries, first, count, block, kv_len, BLOCK, TILE, PLACES)
+    for tile in range(first, until):
         entry, head, valid = _rows(entries, tile, total_entries, TILE, GROUP, PADDED)
         token = entry // PLACES
         query = tiles_lib._load_rows(q, token.to(tl.int64) * HEADS + head, valid, H, H, HP)
@@ -133,7 +177,9 @@ def forward_kernel(
                 token[:, None], (start + n)[None, :], kv_valid[None, :], id_q[:, None],
                 id_kv[None, :], RULE, IDS,
             )  # fmt: skip
-            acc, total, top = _softmax_step(acc, total, top, query, key, value, visible, SCALE)
+            acc, total, top = _softmax_step(
+                acc, total, top, query, key, value, visible, SCALE, True
+            )
         else:
             for sub in range(SUB):
                 kv_in = sub * KEYS + n
@@ -147,12 +193,58 @@ def forward_kernel(
                     RULE, IDS,
                 )  # fmt: skip
                 acc, total, top = _softmax_step(
-                    acc, total, top, query, part_k, part_v, visible, SCALE
+                    acc, total, top, query, part_k, part_v, visible, SCALE, True
                 )
-        safe = tl.where(total == 0.0, 1.0, total)
-        row = entry.to(tl.int64) * HEADS + head
-        tiles_lib._store_rows(out, acc / safe[:, None], row, valid, HV, HV, HVP)
-        tl.store(lse + row, (top + tl.log2(safe)) / LOG2E, mask=valid)
+        _store_entries(out, lse, acc, total, top, entry, head, valid, HEADS, HV, HVP)
+    if CAUSAL:
+        for tile in range(until, end):
+            entry, head, valid = _rows(entries, tile, total_entries, TILE, GROUP, PADDED)
+            row = (entry // PLACES).to(tl.int64) * HEADS + head
+            query = tiles_lib._load_rows(q, row, valid, H, H, HP)
+            acc = tl.zeros([ROWS, HVP], tl.float32)
+            total = tl.zeros([ROWS], tl.float32)
+            top = tl.full([ROWS], float("-inf"), tl.float32)
+            acc, total, top = _softmax_step(acc, total, top, query, key, value, n, SCALE, False)
+            _store_entries(out, lse, acc, total, top, entry, head, valid, HEADS, HV, HVP)
+
+
+@triton.jit
+@typing.no_type_check
+def _backward_tile(
+    tile, q, dout, lse, delta, q_ids, entries, dq, key, value, id_kv, kv_at, kv_valid, sum_k, sum_v,
+    total_entries, HEADS: tl.constexpr, GROUP: tl.constexpr, PLACES: tl.constexpr, H: tl.constexpr,
+    HV: tl.constexpr, HP: tl.constexpr, HVP: tl.constexpr, TILE: tl.constexpr,
+    PADDED: tl.constexpr, SCALE: tl.constexpr, RULE: tl.constexpr, IDS: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Writes dq of the entries of a tile, adds its share to dk and dv; all visible unless MASKED."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    entry, head, valid = _rows(entries, tile, total_entries, TILE, GROUP, PADDED)
+    token = entry // PLACES
+    row = token.to(tl.int64) * HEADS + head
+    query = tiles_lib._load_rows(q, row, valid, H, H, HP)
+    row_lse = tl.load(lse + row, mask=valid, other=float("inf"))[None, :]
+    row_delta = tl.load(delta + row, mask=valid, other=0.0)[None, :]
+    # Transposed, so that dk and dv take p and ds as they lie in registers.
+    s = tl.dot(key, tl.trans(query), input_precision="ieee")
+    p = tl.exp2(s * (SCALE * LOG2E) - row_lse)
+    if MASKED:
+        id_q = tl.load(q_ids + token, mask=valid, other=0) if IDS else token
+        visible = _visible(
+            token[None, :], kv_at[:, None], kv_valid[:, None], id_q[None, :], id_kv[:, None],
+            RULE, IDS,
+        )  # fmt: skip
+        p = tl.where(visible, p, 0.0)
+    grad = tiles_lib._load_rows(dout, row, valid, HV, HV, HVP)
+    sum_v = tl.dot(p.to(grad.dtype), grad, sum_v, input_precision="ieee")
+    dp = tl.dot(value, tl.trans(grad), input_precision="ieee")
+    # Where p is 0, delta may be nan; and asking p keeps fewer registers than `visible`.
+    ds = tl.where(p == 0.0, 0.0, p * (dp - row_delta)).to(query.dtype)
+    sum_k = tl.dot(ds, query, sum_k, input_precision="ieee")
+    grad_q = tl.dot(tl.trans(ds), key, input_precision="ieee")
+    at = entry.to(tl.int64) * HEADS + head
+    tiles_lib._store_rows(dq, grad_q * SCALE, at, valid, H, H, HP)
+    return sum_k, sum_v
 
 
 @triton.jit
@@ -163,13 +255,12 @@ def backward_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TABLES: tl.constexpr, PLACES: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, HP: tl.constexpr, HVP: tl.constexpr, BLOCK: tl.constexpr,
     KEYS: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr, SCALE: tl.constexpr,
-    RULE: tl.constexpr, IDS: tl.constexpr,
+    RULE: tl.constexpr, IDS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Each entry's own `dq [B, T, n, N, H]`, each segment's `dk`, `dv [B, U, segments, block, H]`.
 
     `lse` is in base 2, inf for empty rows; `dk` lacks the factor SCALE.
     """
-    LOG2E: tl.constexpr = 1.4426950408889634
     GROUP: tl.constexpr = HEADS // TABLES
     program = tl.program_id(0).to(tl.int64)
     work += program * 3
@@ -197,30 +288,21 @@ def backward_kernel(
     key, value, _ = _keys(k, v, kv_at, kv_valid, KV_HEADS, H, HV, HP, HVP)
     sum_k = tl.zeros([KEYS, HP], tl.float32)
     sum_v = tl.zeros([KEYS, HVP], tl.float32)
-    for tile in range(first, first + count):
-        entry, head, valid = _rows(entries, tile, total_entries, TILE, GROUP, PADDED)
-        token = entry // PLACES
-        row = token.to(tl.int64) * HEADS + head
-        query = tiles_lib._load_rows(q, row, valid, H, H, HP)
-        row_lse = tl.load(lse + row, mask=valid, other=float("inf"))[None, :]
-        row_delta = tl.load(delta + row, mask=valid, other=0.0)[None, :]
-        id_q = tl.load(q_ids + token, mask=valid, other=0) if IDS else token
-        # Transposed, so that dk and dv take p and ds as they lie in registers.
-        s = tl.dot(key, tl.trans(query), input_precision="ieee")
-        visible = _visible(
-            token[None, :], kv_at[:, None], kv_valid[:, None], id_q[None, :], id_kv[:, None],
-            RULE, IDS,
+    until = first + count
+    if CAUSAL:
+        until = _masked_until(entries, first, count, block, kv_len, BLOCK, TILE, PLACES)
+    for tile in range(first, until):
+        sum_k, sum_v = _backward_tile(
+            tile, q, dout, lse, delta, q_ids, entries, dq, key, value, id_kv, kv_at, kv_valid,
+            sum_k, sum_v, total_entries, HEADS, GROUP, PLACES, H, HV, HP, HVP, TILE, PADDED, SCALE,
+            RULE, IDS, True,
         )  # fmt: skip
-        p = tl.where(visible, tl.exp2(s * (SCALE * LOG2E) - row_lse), 0.0)
-        grad = tiles_lib._load_rows(dout, row, valid, HV, HV, HVP)
-        sum_v = tl.dot(p.to(grad.dtype), grad, sum_v, input_precision="ieee")
-        dp = tl.dot(value, tl.trans(grad), input_precision="ieee")
-        # Where p is 0, delta may be nan; and asking p keeps fewer registers than `visible`.
-        ds = tl.where(p == 0.0, 0.0, p * (dp - row_delta)).to(query.dtype)
-        sum_k = tl.dot(ds, query, sum_k, input_precision="ieee")
-        grad_q = tl.dot(tl.trans(ds), key, input_precision="ieee")
-        at = entry.to(tl.int64) * HEADS + head
-        tiles_lib._store_rows(dq, grad_q * SCALE, at, valid, H, H, HP)
+    for tile in range(until, first + count):
+        sum_k, sum_v = _backward_tile(
+            tile, q, dout, lse, delta, q_ids, entries, dq, key, value, id_kv, kv_at, kv_valid,
+            sum_k, sum_v, total_entries, HEADS, GROUP, PLACES, H, HV, HP, HVP, TILE, PADDED, SCALE,
+            RULE, IDS, False,
+        )  # fmt: skip
     stored = n < tl.where(count > 0, BLOCK, 0)
     tiles_lib._store_rows(dk + program * (BLOCK * H), sum_k, n, stored, H, H, HP)
     tiles_lib._store_rows(dv + program * (BLOCK * HV), sum_v, n, stored, HV, HV, HVP)

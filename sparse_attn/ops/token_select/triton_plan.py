@@ -35,10 +35,10 @@ class Sizes(NamedTuple):
 def sizes(blocks: int) -> Sizes:
     """For `blocks` blocks: at most 8 counts per entry; the work per entry grows with the chunk.
 
-    >>> [sizes(blocks).chunk for blocks in (256, 1024, 4096)]
-    [128, 128, 512]
+    >>> [sizes(blocks).chunk for blocks in (256, 2048, 4096)]
+    [256, 256, 512]
     """
-    chunk = max(128, tiles.power_of_two(-(-blocks // 8)))
+    chunk = max(256, tiles.power_of_two(-(-blocks // 8)))
     return Sizes(chunk, chunk // 128, 256, 16, 8)
 
 
@@ -63,7 +63,7 @@ def plan(selected: Int[Array, "B T U n"], *, tile: int, blocks: int) -> plan_lib
     }  # fmt: skip
     (counts,) = call(
         selected, length, chunks, blocks, kernel=plan_kernels.count_kernel,
-        out_shape=(jax.ShapeDtypeStruct(counted, jnp.uint8 if size.chunk < 256 else jnp.int32),),
+        out_shape=(jax.ShapeDtypeStruct(counted, jnp.int32),),
         num_warps=size.warps, num_stages=1, BINS=max(64, tiles.power_of_two(blocks)),
         **chunked,
     )  # fmt: skip
