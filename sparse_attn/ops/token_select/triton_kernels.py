@@ -217,7 +217,7 @@ def _backward_tile(
     PADDED: tl.constexpr, SCALE: tl.constexpr, RULE: tl.constexpr, IDS: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Writes dq of the entries of a tile, adds its share to dk and dv; all visible unless MASKED."""
+    """Writes dq of a tile of entries, adds its share of dk and dv; all is visible unless MASKED."""
     LOG2E: tl.constexpr = 1.4426950408889634
     entry, head, valid = _rows(entries, tile, total_entries, TILE, GROUP, PADDED)
     token = entry // PLACES
