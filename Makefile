@@ -1,6 +1,7 @@
 # make quickstart | test | test-slow | lint | test-py311 | python | clean
 #   PYTHON=/path/to/python   the interpreter that makes .venv, instead of the newest one found
 #   WORKERS=2                pytest processes
+#   MATRIX=0/4               test-slow: of the slow tests with parameters only this part (0/4 .. 3/4)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -11,6 +12,7 @@ SHELL := /bin/bash
 VENV := .venv
 VENV311 := .venv311
 WORKERS ?= 2
+MATRIX ?=
 PYTHON ?=
 PYTEST_ARGS ?=
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal -q --durations=10 $(PYTEST_ARGS)
@@ -54,7 +56,7 @@ test: $(VENV)/.requirements-dev
 	$(FAST_COMPILE) $(VENV)/bin/python $(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.requirements-dev
-	$(FAST_COMPILE) $(VENV)/bin/python $(PYTEST) -m slow
+	$(FAST_COMPILE) $(VENV)/bin/python $(PYTEST) -m slow $(if $(MATRIX),--matrix-part=$(MATRIX))
 
 lint: $(VENV)/.requirements-dev
 	$(VENV)/bin/ruff format --check .
