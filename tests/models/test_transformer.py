@@ -63,7 +63,17 @@ def reachable(config, length):
     return reach
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+# The other two reach the layers as these do, a pattern and one for each layer.
+every_schedule = pytest.mark.parametrize(
+    "schedule",
+    [
+        pytest.param(x, id=name, marks=pytest.mark.slow if name in ("dilated", "per head") else ())
+        for name, x in SCHEDULES.items()
+    ],
+)
+
+
+@every_schedule
 def test_gradient_is_zero_exactly_outside_the_receptive_field(schedule):
     length = 24
     # A token of its own at each place: its embedding's gradient is the gradient of that place.
@@ -108,7 +118,7 @@ def test_receptive_field_through_the_block_sparse_backend():
         assert np.asarray(influence(i)).nonzero()[0].tolist() == list(range(first, i + 1))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@every_schedule
 def test_future_tokens_change_nothing(schedule):
     model = build(pattern=schedule)
     params = params_of()
@@ -145,7 +155,10 @@ def test_packed_documents_are_as_if_alone():
 @pytest.mark.parametrize(
     "shape",
     [
-        dict(vocab_size=384, num_layers=4, embed_dim=160, num_heads=4, head_dim=32),
+        pytest.param(
+            dict(vocab_size=384, num_layers=4, embed_dim=160, num_heads=4, head_dim=32),
+            marks=pytest.mark.slow,
+        ),
         dict(vocab_size=384, num_layers=2, embed_dim=32, num_heads=2, dtype="bfloat16"),
         dict(vocab_size=2000, num_layers=12, embed_dim=256, num_heads=2, output="untied"),
     ],
@@ -187,6 +200,8 @@ VARIANTS = {
     "cycle remat": (dict(pattern=FOUR_LAYERS), dict(remat="block", layer_loop="unroll")),
 }
 
+FAST_VARIANTS = ("remat dots", "cycle remat")
+
 
 @functools.cache
 def of_four_layers(**fields):
@@ -194,7 +209,14 @@ def of_four_layers(**fields):
     return loss_and_grads(config, params_of(num_layers=4), tokens_of(17, 2))
 
 
-@pytest.mark.parametrize("base, change", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "base, change",
+    [
+        # Of each field both values are met by the other two.
+        pytest.param(*x, id=name, marks=() if name in FAST_VARIANTS else pytest.mark.slow)
+        for name, x in VARIANTS.items()
+    ],
+)
 def test_forms_of_the_layer_loop_agree(base, change):
     assert_trees_close(of_four_layers(**base, **change), of_four_layers(**base), 2e-6)
 
