@@ -71,7 +71,7 @@ lint: $(VENV)/.requirements-dev
 ON_PY311 := sparse_attn $(addprefix tests/,launch/test_launch.py models/test_attention.py \
   ops/test_contract.py train/test_checkpoint.py train/test_golden.py)
 NOT_ON_PY311 := sparse_attn.ops. or sparse_attn.selection. or triton_gpu or contract[reference \
-  or (contract[xla and not (everything or per_head or bits)) or loss_curve[reference
+  or (contract[xla and not (everything or per_head or bits))
 test-py311: $(VENV)/.requirements-dev
 	if [ "$$($(VENV)/bin/python -c 'import sys; print(sys.version_info[:2])')" = "(3, 11)" ]; then \
 	  echo "test-py311: 'make test' already runs on Python 3.11, nothing to add"; \
