@@ -9,8 +9,8 @@ from sparse_attn.patterns import per_head
 from tests.ops import contract
 
 # Of a backend whose interpreter takes about ten seconds a case: what runs in the fast lane. The two
-# have all the features between them: heads that differ, documents, lists that are arrays, the rest;
-# one row is enough for `everything`, as the other has two, and three blocks for the other.
+# have all the features between them: heads that differ, documents, lists that are arrays, the rest.
+# `everything` has one row there, as the other case has two, and that one no more than three blocks.
 _FAST = {"pallas_gpu": ("run_time_per_head", "everything")}
 # What interpreters leave to devices, and the fast lane to the slow one: each feature is in other
 # cases too, named here.
