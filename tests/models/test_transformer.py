@@ -315,6 +315,7 @@ def test_soft_caps_bound_the_logits():
     assert (apply(build(attention_soft_cap=0.1), params, tokens_of(8)) != free).any()
 
 
+@pytest.mark.slow  # 200 steps; test_golden.py holds the losses of 20.
 def test_overfits_one_batch():
     model = build(pattern=WINDOW | sinks.Sinks(tokens=1), embed_dim=32, mlp_dim=64)
     tokens = tokens_of(33, 2)

@@ -119,8 +119,8 @@ MASKS = {
     "v5p": (static, documents, static),
     "v6e": (documents, static, static),
 }
-MORE = (("v6e", 64, "1M", static),)
-FAST = (("v5e", 128, "8k", static), ("v4", 256, "8k", documents))
+FAST = (("v5e", 128, "8k", static),)
+MORE = (("v6e", 64, "1M", static), ("v4", 256, "8k", documents))
 
 
 def cells():
