@@ -1,6 +1,7 @@
 # make quickstart | test | test-slow | lint | test-py311 | python | clean
 #   PYTHON=/path/to/python   the interpreter that makes .venv, instead of the newest one found
 #   WORKERS=2                pytest processes
+#   MATRIX=0/4               test-slow: of the slow tests with parameters only this part (0/4 .. 3/4)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -11,6 +12,7 @@ SHELL := /bin/bash
 VENV := .venv
 VENV311 := .venv311
 WORKERS ?= 2
+MATRIX ?=
 PYTHON ?=
 PYTEST_ARGS ?=
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal -q --durations=10 $(PYTEST_ARGS)
@@ -54,7 +56,7 @@ test: $(VENV)/.requirements-dev
 	$(FAST_COMPILE) $(VENV)/bin/python $(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.requirements-dev
-	$(FAST_COMPILE) $(VENV)/bin/python $(PYTEST) -m slow
+	$(FAST_COMPILE) $(VENV)/bin/python $(PYTEST) -m slow $(if $(MATRIX),--matrix-part=$(MATRIX))
 
 lint: $(VENV)/.requirements-dev
 	$(VENV)/bin/ruff format --check .
@@ -62,12 +64,14 @@ lint: $(VENV)/.requirements-dev
 
 # The oldest supported Python stops at jax 0.10.x. What differs there is the syntax and the API of
 # jax, not the mathematics: every file is compiled, the examples in docstrings run, and so do the
-# fast tests of what reaches deepest into jax, with fewer draws: kernels, one layer, training (whose
-# golden runs are of a whole model), checkpoints, and the program's command line.
-# Triton's own compiler is the same on both, `reference` is what the other backends are held
-# against, and rules of selection are sums and sorts, whose examples take long to compile.
-ON_PY311 := sparse_attn --ignore=sparse_attn/selection $(addprefix tests/,launch/test_launch.py \
-  models/test_attention.py ops/test_contract.py train/test_checkpoint.py train/test_golden.py)
+# fast tests of what reaches deepest into jax: kernels, one layer, training (whose golden run is of a
+# whole model), checkpoints, and the program's command line. Left out is what calls the same API
+# once more: examples that compile whole operations (their modules are imported), the plain backends'
+# cases but for a few, and Triton, whose own compiler is the same on both.
+ON_PY311 := sparse_attn $(addprefix tests/,launch/test_launch.py models/test_attention.py \
+  ops/test_contract.py train/test_checkpoint.py train/test_golden.py)
+NOT_ON_PY311 := sparse_attn.ops. or sparse_attn.selection. or triton_gpu or contract[reference \
+  or (contract[xla and not (everything or per_head or bits))
 test-py311: $(VENV)/.requirements-dev
 	if [ "$$($(VENV)/bin/python -c 'import sys; print(sys.version_info[:2])')" = "(3, 11)" ]; then \
 	  echo "test-py311: 'make test' already runs on Python 3.11, nothing to add"; \
@@ -75,7 +79,7 @@ test-py311: $(VENV)/.requirements-dev
 	  $(MAKE) --no-print-directory $(VENV311)/.requirements-dev PYTHON=; \
 	  $(VENV311)/bin/python -m compileall -q sparse_attn configs experiments tests launch.py; \
 	  $(FAST_COMPILE) HYPOTHESIS_PROFILE=quick $(VENV311)/bin/python $(PYTEST) -m "not slow" \
-	    -k "not triton_gpu and not contract[reference" $(ON_PY311); \
+	    -k "not ($(NOT_ON_PY311))" $(ON_PY311); \
 	fi
 
 python:

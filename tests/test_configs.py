@@ -3,6 +3,7 @@
 `UPDATE_GOLDEN=1 pytest tests/test_configs.py` writes the golden files anew; read the difference.
 """
 
+import functools
 import importlib
 import math
 import os
@@ -43,7 +44,14 @@ def shapes(config):
     return jax.eval_shape(task.model.init_with_output, jax.random.key(0), batch)
 
 
-def dump(config) -> str:
+@functools.cache
+def built(file: str, argument: str):
+    """The config, and the shapes of its logits and parameters."""
+    config = load(file, argument)
+    return config, *shapes(config)
+
+
+def dump(config, variables) -> str:
     """The resolved config as sorted lines, the number of parameters and the densities."""
     values = config.to_dict()
     lines = []
@@ -52,7 +60,6 @@ def dump(config) -> str:
         for part in name.split("."):
             node = node[part]
         lines.append(f"{name} = {node!r}")
-    _, variables = shapes(config)
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(variables["params"]))
     task = tasks.of(values)
     seen = flops.attention_cost(task.model.config, context=task.row_tokens, batch_size=1)
@@ -63,7 +70,8 @@ def dump(config) -> str:
 
 @pytest.mark.parametrize(("file", "argument"), CASES)
 def test_config_is_its_golden_file(file, argument):
-    text = dump(load(file, argument))
+    config, _, variables = built(file, argument)
+    text = dump(config, variables)
     path = GOLDEN / f"{'_'.join(filter(None, (file, argument.replace(',', '_'))))}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(text)
@@ -79,8 +87,7 @@ def test_every_golden_file_has_a_config():
 # Of a size of decoders one pattern is enough: the other differs in what is visible.
 @pytest.mark.parametrize(("file", "argument"), [c for c in CASES if not c[1].endswith(",dense")])
 def test_model_gives_logits_for_the_batch(file, argument):
-    config = load(file, argument)
-    logits, _ = shapes(config)
+    config, logits, _ = built(file, argument)
     if config.get("task") == "images":
         row = (images.source(config.data.name).num_classes,)
     elif config.get("task") == "synthetic":

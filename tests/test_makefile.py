@@ -1,4 +1,7 @@
-"""The Makefile's search for a Python and its environment, with fake interpreters."""
+"""The Makefile and .ci/run: the search for a Python, its environment, and which tests are started.
+
+Interpreters are fake ones.
+"""
 
 import os
 import pathlib
@@ -150,3 +153,41 @@ def test_main_lane_on_311_needs_no_second_one(tree):
     result = make(tree, "test-py311")
     assert result.returncode == 0, result.stderr
     assert "nothing to add" in result.stdout
+
+
+def test_slow_tests_run_whole_or_in_part(tree):
+    fake(tree / "bin/python3.13", "3.13")
+    make(tree, ".venv/.requirements-dev")
+    for arguments, expected in (([], "-m slow"), (["MATRIX=1/4"], "-m slow --matrix-part=1/4")):
+        result = make(tree, "test-slow", *arguments)
+        assert result.returncode == 0, result.stderr
+        assert (tree / "repo/calls").read_text().splitlines()[-1].endswith(expected)
+
+
+needs_git = pytest.mark.skipif(
+    shutil.which("git") is None, reason="needs the git program (Debian: apt-get install git)"
+)
+
+
+@pytest.mark.parametrize("in_git", [False, pytest.param(True, marks=needs_git)])
+def test_ci_chooses_the_part_by_the_commit(tree, in_git):
+    repo = tree / "repo"
+    (repo / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci/run", repo / ".ci")
+    (tree / "bin/make").unlink()  # Every stage succeeds at once.
+    (tree / "bin/make").write_text("#!/bin/bash\n")
+    (tree / "bin/make").chmod(0o755)
+    (tree / "bin/dirname").symlink_to(shutil.which("dirname"))
+    env = {"PATH": str(tree / "bin"), "HOME": str(tree / "home")}
+    expected = 0
+    if in_git:
+        (tree / "bin/git").symlink_to(shutil.which("git"))
+        author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        for command in (["init", "-q"], [*author, "commit", "-q", "--allow-empty", "-m", "x"]):
+            subprocess.run(["git", *command], cwd=repo, env=env, check=True)
+        head = ["git", "rev-parse", "--short=7", "HEAD"]
+        commit = subprocess.run(head, cwd=repo, env=env, check=True, capture_output=True)
+        expected = int(commit.stdout, 16) % 4
+    result = subprocess.run([".ci/run"], cwd=repo, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"== test-slow: make test-slow MATRIX={expected}/4\n" in result.stdout

@@ -35,7 +35,7 @@ class Dhsa(base.OwnAttention):
         half of it.
 
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 8))
-    >>> Dhsa(top_k=12, length=8, window=4).attend(q, k, v).shape
+    >>> jax.eval_shape(Dhsa(top_k=12, length=8, window=4).attend, q, k, v).shape
     (1, 64, 2, 8)
     """
 

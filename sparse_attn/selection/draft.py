@@ -29,7 +29,8 @@ class Draft(base.Selector):
     >>> rule = Draft(block_q=16, block_kv=16, density=0.25)
     >>> int(rule.select(q, k).kv_counts[0, 0].sum())  # of 16
     4
-    >>> rule.attend(q, k, v, order=patches((1, 8, 8), (4, 4))).shape
+    >>> order = patches((1, 8, 8), (4, 4))
+    >>> jax.eval_shape(lambda q, k, v: rule.attend(q, k, v, order=order), q, k, v).shape
     (1, 64, 2, 8)
     """
 

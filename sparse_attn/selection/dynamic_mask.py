@@ -29,7 +29,7 @@ class DynamicMask(base.OwnAttention):
 
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 8))
     >>> rule = DynamicMask(top_k=8)
-    >>> rule.attend(q, k, v, params=rule.params_like(2, 2, 8)).shape
+    >>> jax.eval_shape(rule.attend, q, k, v, params=rule.params_like(2, 2, 8)).shape
     (1, 64, 2, 8)
     """
 

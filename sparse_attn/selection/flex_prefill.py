@@ -31,7 +31,7 @@ class FlexPrefill(base.Selector):
 
     >>> import jax
     >>> q, k = jax.random.normal(jax.random.key(0), (2, 1, 64, 2, 8))
-    >>> FlexPrefill(block_q=16, block_kv=16, gamma=0.5).select(q, k).num_tables
+    >>> jax.eval_shape(FlexPrefill(block_q=16, block_kv=16, gamma=0.5).select, q, k).num_tables
     2
     """
 

@@ -34,7 +34,7 @@ class Hyper(pbs.Reordered):
       least: longest causal part that is computed exactly.
 
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 8))
-    >>> Hyper(block_q=16, block_kv=16, samples=8, least=16).attend(q, k, v).shape
+    >>> jax.eval_shape(Hyper(block_q=16, block_kv=16, samples=8, least=16).attend, q, k, v).shape
     (1, 64, 2, 8)
     """
 

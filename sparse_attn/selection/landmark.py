@@ -34,7 +34,7 @@ class Landmark(base.OwnAttention):
         training.
 
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 8))
-    >>> Landmark(block_kv=16, top_k=2).attend(q, k, v).shape
+    >>> jax.eval_shape(Landmark(block_kv=16, top_k=2).attend, q, k, v).shape
     (1, 64, 2, 8)
     """
 

@@ -35,7 +35,7 @@ class MmInference(pbs.Reordered):
       probe: last queries whose attention to all keys is computed.
 
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 8))
-    >>> MmInference(strides=(4, 16)).attend(q, k, v).shape
+    >>> jax.eval_shape(MmInference(strides=(4, 16)).attend, q, k, v).shape
     (1, 64, 2, 8)
     """
 

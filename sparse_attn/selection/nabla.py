@@ -17,7 +17,7 @@ class Nabla(pooled.Pooled):
 
     >>> import jax
     >>> q, k = jax.random.normal(jax.random.key(0), (2, 1, 64, 2, 8))
-    >>> Nabla(block_q=16, block_kv=16, top_p=0.2).select(q, k).kv_counts.shape
+    >>> jax.eval_shape(Nabla(block_q=16, block_kv=16, top_p=0.2).select, q, k).kv_counts.shape
     (1, 2, 4)
     """
 

@@ -39,7 +39,7 @@ class Pbs(Reordered):
 
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 8))
     >>> rule = Pbs(block_q=8, block_kv=8, segment=16, top_k=2)
-    >>> rule.attend(q, k, v).shape
+    >>> jax.eval_shape(rule.attend, q, k, v).shape
     (1, 64, 2, 8)
     """
 

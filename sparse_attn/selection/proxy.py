@@ -27,7 +27,7 @@ class Proxy(base.Selector):
 
     >>> import jax
     >>> q, k = jax.random.normal(jax.random.key(0), (2, 1, 64, 4, 8))
-    >>> Proxy(block_q=16, block_kv=16, group=2, gamma=0.7).select(q, k).num_tables
+    >>> jax.eval_shape(Proxy(block_q=16, block_kv=16, group=2, gamma=0.7).select, q, k).num_tables
     4
     """
 

@@ -34,7 +34,7 @@ class Psa(base.Selector):
     >>> rule = Psa(block_q=8, block_kv=8, counts=(1, 2, 1))
     >>> rule.select(q, k).kv_counts[0, 0].tolist()
     [1, 2, 3, 4, 5, 5, 5, 5]
-    >>> rule.attend(q, k, v).shape
+    >>> jax.eval_shape(rule.attend, q, k, v).shape
     (1, 64, 2, 8)
     """
 

@@ -31,7 +31,7 @@ class Routing(pbs.Reordered):
 
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 8))
     >>> rule = Routing(size=16)
-    >>> rule.attend(q, k, v, centroids=jnp.ones((2, 4, 8))).shape
+    >>> jax.eval_shape(rule.attend, q, k, v, centroids=jnp.ones((2, 4, 8))).shape
     (1, 64, 2, 8)
     """
 

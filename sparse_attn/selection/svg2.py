@@ -33,7 +33,7 @@ class Svg2(pbs.Reordered):
 
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 8))
     >>> rule = Svg2(block_q=8, block_kv=8, q_clusters=4, kv_clusters=4, top_p=0.5)
-    >>> rule.attend(q, k, v).shape
+    >>> jax.eval_shape(rule.attend, q, k, v).shape
     (1, 64, 2, 8)
     """
 

@@ -28,7 +28,7 @@ class VerticalSlash(base.Selector):
     >>> import jax
     >>> q, k = jax.random.normal(jax.random.key(0), (2, 1, 64, 2, 8))
     >>> rule = VerticalSlash(block_q=16, block_kv=16, columns=1, diagonals=1, probe=4)
-    >>> rule.select(q, k).kv_counts.shape
+    >>> jax.eval_shape(rule.select, q, k).kv_counts.shape
     (1, 2, 4)
     """
 

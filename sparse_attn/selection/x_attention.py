@@ -26,7 +26,8 @@ class XAttention(base.BlockScores):
 
     >>> import jax
     >>> q, k = jax.random.normal(jax.random.key(0), (2, 1, 64, 2, 8))
-    >>> XAttention(block_q=16, block_kv=16, stride=4, top_p=0.3).select(q, k).num_tables
+    >>> rule = XAttention(block_q=16, block_kv=16, stride=4, top_p=0.3)
+    >>> jax.eval_shape(rule.select, q, k).num_tables
     2
     """
 

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # Importing takes seconds and a mistake is found in milliseconds, so each command line runs in a
 # fork of a process that has imported everything; the program itself starts from its first line.
 _FORKS = """
-import json, os, runpy, sys
+import gc, json, os, runpy, sys
 import configs.quickstart
 import sparse_attn.launch.engine, sparse_attn.launch.starters, sparse_attn.launch.units
 import sparse_attn.train.config_check, sparse_attn.train.profiling
@@ -25,6 +25,7 @@ def run(arguments, stdout, stderr):
     runpy.run_path("launch.py", run_name="__main__")
     sys.exit()
 
+gc.freeze()  # What is imported is not searched for garbage when a fork ends.
 codes = [run(*line) for line in json.load(sys.stdin)]
 print(json.dumps(codes))
 """

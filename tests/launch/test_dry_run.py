@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -19,14 +18,6 @@ from tests.launch import programs
 
 ROOT = pathlib.Path(__file__).parents[2]
 GIB = 2**30
-FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
-
-def launch(*arguments, fast=True):
-    env = os.environ | ({"XLA_FLAGS": FAST} if fast else {})
-    return subprocess.run(
-        [sys.executable, "launch.py", *arguments], cwd=ROOT, env=env, capture_output=True, text=True
-    )
 
 
 def tiny(**changes):
@@ -61,24 +52,39 @@ def test_a_roomy_topology_has_as_many_devices(name):
     assert one.roomy().memory > one.memory
 
 
-def test_mistakes_are_named(tmp_path):
-    mistakes = [
-        (["--dry-run"], "topology=None must be GENERATION:SHAPE"),
-        (["--topology=cpu:2", "--workdir=x"], "--topology=cpu:2 must come with --dry-run"),
-    ]
-    config = "--config=configs/quickstart.py:tiny"
-    results = programs.launch_each([[config, *words] for words, _ in mistakes], tmp_path)
-    for (_, message), done in zip(mistakes, results, strict=True):
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+MISTAKES = {
+    "topology=None must be GENERATION:SHAPE": ["--dry-run"],
+    "--topology=cpu:2 must come with --dry-run": ["--topology=cpu:2", "--workdir=x"],
+}
+TWO_DEVICES = ["--dry-run", "--topology=cpu:2", "--json"]
+LINES = MISTAKES | {
+    "data": ["--config.model.pattern=local(window=64)", "--config.mesh.axes=data=-1", *TWO_DEVICES],
+    "seq": [
+        "--config.model.pattern=causal()", "--config.data.context=512",
+        "--config.model.num_layers=1", "--config.mesh.axes=seq=2",
+        "--config.mesh.sequence=all_gather_kv", *TWO_DEVICES,
+    ],
+}  # fmt: skip
 
 
-def test_two_devices_through_the_command_line():
-    done = launch(
-        "--config=configs/quickstart.py:local,tiny", "--config.mesh.axes=data=-1", "--dry-run",
-        "--topology=cpu:2", "--json",
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Of every command line: one list of them is one start of Python."""
+    lines = [["--config=configs/quickstart.py:tiny", *words] for words in LINES.values()]
+    done = programs.launch_each(lines, tmp_path_factory.mktemp("lines"))
+    return dict(zip(LINES, done, strict=True))
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes_are_named(results, message):
+    done = results[message]
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_two_devices_through_the_command_line(results):
+    done = results["data"]
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     golden = (ROOT / "tests/golden/quickstart_local_tiny.txt").read_text()
@@ -112,12 +118,8 @@ def test_flops_and_densities_are_those_of_training():
     assert f"{found['params']:,}" in shown
 
 
-def test_tokens_over_ranks_tell_how_even_the_work_is():
-    done = launch(
-        "--config=configs/quickstart.py:full,tiny", "--config.data.context=512",
-        "--config.model.num_layers=1", "--config.mesh.axes=seq=2",
-        "--config.mesh.sequence=all_gather_kv", "--dry-run", "--topology=cpu:2", "--json",
-    )  # fmt: skip
+def test_tokens_over_ranks_tell_how_even_the_work_is(results):
+    done = results["seq"]
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     # Causal, of 8 blocks: 1 + 2 + 3 + 4 on one rank, 5 + 6 + 7 + 8 on the other.
@@ -184,11 +186,14 @@ def test_the_smallest_size_on_its_topology():
 
 @pytest.mark.slow
 def test_a_tpu_that_is_too_small():
-    done = launch(
+    words = [
         "--config=configs/quickstart.py:full", "--config.data.batch_size=128",
         "--config.data.context=4096", "--config.model.num_layers=2",
-        "--config.model.dtype=float32", "--dry-run", "--topology=v5e:1x1", fast=False,
-    )  # fmt: skip
+        "--config.model.dtype=float32", "--dry-run", "--topology=v5e:1x1",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "launch.py", *words], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 71, done.stderr
     assert "Ran out of memory" in done.stdout
     assert "compiled for v5p:1x1x1" in done.stdout

@@ -38,7 +38,7 @@ def test_rope_needs_an_even_head_dim():
         attention.rope(jnp.ones((1, 2, 1, 3)), jnp.zeros((1, 2), jnp.int32))
 
 
-@pytest.mark.parametrize("sink_logits", [None, "learned"])
+@pytest.mark.parametrize("sink_logits", [pytest.param(None, marks=pytest.mark.slow), "learned"])
 def test_layer_is_projections_rope_attend_projection(sink_logits):
     pattern = per_head.PerHead((local.Local(window=3), causal.Causal()))
     layer = attention.SelfAttention(

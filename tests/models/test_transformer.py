@@ -63,7 +63,17 @@ def reachable(config, length):
     return reach
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+# The other two reach the layers as these do, a pattern and one for each layer.
+every_schedule = pytest.mark.parametrize(
+    "schedule",
+    [
+        pytest.param(x, id=name, marks=pytest.mark.slow if name in ("dilated", "per head") else ())
+        for name, x in SCHEDULES.items()
+    ],
+)
+
+
+@every_schedule
 def test_gradient_is_zero_exactly_outside_the_receptive_field(schedule):
     length = 24
     # A token of its own at each place: its embedding's gradient is the gradient of that place.
@@ -108,7 +118,7 @@ def test_receptive_field_through_the_block_sparse_backend():
         assert np.asarray(influence(i)).nonzero()[0].tolist() == list(range(first, i + 1))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@every_schedule
 def test_future_tokens_change_nothing(schedule):
     model = build(pattern=schedule)
     params = params_of()
@@ -145,11 +155,16 @@ def test_packed_documents_are_as_if_alone():
 @pytest.mark.parametrize(
     "shape",
     [
-        dict(vocab_size=384, num_layers=4, embed_dim=160, num_heads=4, head_dim=32),
         dict(vocab_size=384, num_layers=2, embed_dim=32, num_heads=2, dtype="bfloat16"),
-        dict(vocab_size=2000, num_layers=12, embed_dim=256, num_heads=2, output="untied"),
+        *(
+            pytest.param(shape, marks=pytest.mark.slow)
+            for shape in (
+                dict(vocab_size=384, num_layers=4, embed_dim=160, num_heads=4, head_dim=32),
+                dict(vocab_size=2000, num_layers=12, embed_dim=256, num_heads=2, output="untied"),
+            )
+        ),
     ],
-    ids=["small", "tiny", "large"],
+    ids=["tiny", "small", "large"],
 )
 def test_initial_loss_is_that_of_a_uniform_guess(shape):
     model = transformer.Transformer(transformer.TransformerConfig(impl="reference", **shape))
@@ -187,6 +202,8 @@ VARIANTS = {
     "cycle remat": (dict(pattern=FOUR_LAYERS), dict(remat="block", layer_loop="unroll")),
 }
 
+FAST_VARIANTS = ("remat dots", "cycle remat")
+
 
 @functools.cache
 def of_four_layers(**fields):
@@ -194,7 +211,14 @@ def of_four_layers(**fields):
     return loss_and_grads(config, params_of(num_layers=4), tokens_of(17, 2))
 
 
-@pytest.mark.parametrize("base, change", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "base, change",
+    [
+        # Of each field both values are met by the other two.
+        pytest.param(*x, id=name, marks=() if name in FAST_VARIANTS else pytest.mark.slow)
+        for name, x in VARIANTS.items()
+    ],
+)
 def test_forms_of_the_layer_loop_agree(base, change):
     assert_trees_close(of_four_layers(**base, **change), of_four_layers(**base), 2e-6)
 
@@ -291,6 +315,7 @@ def test_soft_caps_bound_the_logits():
     assert (apply(build(attention_soft_cap=0.1), params, tokens_of(8)) != free).any()
 
 
+@pytest.mark.slow  # 200 steps; test_golden.py holds the losses of 20.
 def test_overfits_one_batch():
     model = build(pattern=WINDOW | sinks.Sinks(tokens=1), embed_dim=32, mlp_dim=64)
     tokens = tokens_of(33, 2)

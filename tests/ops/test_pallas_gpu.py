@@ -73,15 +73,22 @@ def test_hopper_takes_it(impl):
         assert attend_lib.choose(inputs, impl) is pallas_gpu
 
 
-CELLS = [
-    pytest.param(*cell, marks=[pytest.mark.slow] * (cell[0] != 128 or cell[2] == jnp.float16))
-    for cell in itertools.product((64, 128, 256), (64, 128), (jnp.bfloat16, jnp.float16), (1, 4))
+CELLS = [*itertools.product(
+    (64, 128, 256), (64, 128), (jnp.bfloat16, jnp.float16), (1, 4), ("static", "run_time")
+)]  # fmt: skip
+# Every pair of a block, a group and a kind of tables is in these four.
+FAST = [
+    (128, block, jnp.bfloat16, group, "static" if (block == 64) == (group == 1) else "run_time")
+    for block in (64, 128)
+    for group in (1, 4)
 ]
 
 
 @needs_mosaic
-@pytest.mark.parametrize("tables", ["static", "run_time"])
-@pytest.mark.parametrize("dim, block, dtype, group", CELLS)
+@pytest.mark.parametrize(
+    "dim, block, dtype, group, tables",
+    [pytest.param(*c, marks=() if c in FAST else pytest.mark.slow) for c in CELLS],
+)
 def test_lowers_for_cuda(dim, block, dtype, group, tables):
     mask = lower.lower(WINDOW, q_len=500, block_q=block, block_kv=block)
     inputs = make_inputs(mask, dim=dim, dtype=dtype, heads=group, kv_heads=1, length=500)
@@ -114,7 +121,10 @@ def test_whole_groups_lower(monkeypatch):
 
 
 @needs_mosaic
-@pytest.mark.parametrize("dim, v_dim", [(80, 48), (64, 128), (192, 128)])
+@pytest.mark.parametrize(
+    "dim, v_dim",
+    [(80, 48), *(pytest.param(*dims, marks=pytest.mark.slow) for dims in ((64, 128), (192, 128)))],
+)
 def test_values_of_another_width_lower(dim, v_dim):
     inputs = make_inputs(lower.lower(WINDOW, q_len=512), dim=dim)
     inputs = inputs._replace(v=jax.ShapeDtypeStruct((1, 512, 2, v_dim), jnp.bfloat16))

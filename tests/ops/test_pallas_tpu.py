@@ -47,13 +47,6 @@ def use_tiles(monkeypatch, *choices):
     monkeypatch.setattr(tiles, "tpu_tiles", lambda **_: choices)
 
 
-def test_repeats_bit_for_bit():
-    made = problem(change=problems.documents((100, 1, 150)))
-    call = contract.runner(made, "pallas_tpu")
-    for first, second in zip(call(made), call(made), strict=True):
-        np.testing.assert_array_equal(first, second)
-
-
 # A block in a tile, equal to it, and over it, for a square, a wide and a tall tile.
 TILES = [
     pytest.param(tile, block, id=f"{tile}-{block}", marks=() if fast else pytest.mark.slow)
@@ -66,7 +59,7 @@ TILES = [
         ((128, 256), 128),
         ((384, 128), 64),
     )
-    for fast in ((tile, block) in (((128, 256), 64), ((384, 128), 384)),)
+    for fast in ((tile, block) == ((128, 256), 64),)
 ]
 
 
@@ -131,7 +124,9 @@ def test_steps_are_the_active_tiles(by):
     np.testing.assert_array_equal(states, block_mask.block_states(mask)[tuple(pairs)])
 
 
-@pytest.mark.parametrize("traced", (False, True), ids=("static", "run_time"))
+@pytest.mark.parametrize(
+    "traced", (pytest.param(False, marks=pytest.mark.slow), True), ids=("static", "run_time")
+)
 def test_far_blocks_are_gathered(traced):
     """Single blocks of a selection: four tiles of keys make a step; the mask stays the same.
 
@@ -217,18 +212,6 @@ def test_large_groups_go_head_by_head(monkeypatch):
     monkeypatch.setattr(tpu_launch, "_MAX_GROUP", 1)
     made = problem("head by head", heads=3, change=problems.biased(per_head=True))
     contract.compare(run(made), contract.solve(made), np.float32)
-
-
-def test_hidden_nan_reaches_nothing_and_a_seen_one_its_queries():
-    made = problem("nan", causal.Causal(), kv_heads=2)
-    call = contract.runner(made, "pallas_tpu")
-    clean = call(made)
-    k, v = made.k.copy(), made.v.copy()
-    k[0, 200, 0], v[0, 200, 1] = np.nan, np.inf
-    dirty = call(dataclasses.replace(made, k=k, v=v))
-    np.testing.assert_array_equal(dirty.out[0, :200], clean.out[0, :200])
-    np.testing.assert_array_equal(dirty.dq[0, :200], clean.dq[0, :200])
-    assert np.isnan(dirty.out[0, 200:]).all()
 
 
 def test_vmap_over_run_time_masks():

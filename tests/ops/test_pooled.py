@@ -40,7 +40,9 @@ def test_average():
         pooled.average(x, SHAPE, (6, 3))
 
 
-@pytest.mark.parametrize("num_kv_heads, block", [(4, 8), (2, None)])
+@pytest.mark.parametrize(
+    "num_kv_heads, block", [(4, 8), pytest.param(2, None, marks=pytest.mark.slow)]
+)
 def test_heads_with_windows_beside_heads_with_means(num_kv_heads, block):
     q, k, v = qkv(num_kv_heads=num_kv_heads)
     windows = swin.Swin(SHAPE, 3)

@@ -57,7 +57,7 @@ def test_heads_together_are_heads_alone():
         np.testing.assert_allclose(together[:, :, one], alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("references", [1, 3])
+@pytest.mark.parametrize("references", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_layer_search_returns_the_number_of_reference_frames(references):
     made = frame_tiles.FrameTiles((FRAMES, TOKENS), references)
     candidates = [frame_tiles.FrameTiles((FRAMES, TOKENS), n) for n in (0, 1, 3, 6)]

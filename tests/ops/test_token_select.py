@@ -66,7 +66,7 @@ REFUSALS = {
     ("by_block", "two_sided"): "takes pattern=causal",
     ("triton_gpu", "odd_blocks"): "block=7 must be a multiple of 16",
 }
-FAST = {"documents_and_lists_per_query_head", "group_of_three", "poisoned"}
+FAST = {"documents_and_lists_per_query_head", "poisoned"}
 
 
 def build(case, seed=0):

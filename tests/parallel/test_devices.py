@@ -15,8 +15,8 @@ FLAGS = (
 )
 
 
-def run(selection):
-    arguments = ["-q", "-x", "-m", selection, "-p", "no:cacheprovider", "--durations=5"]
+def run(selection, *options):
+    arguments = [*options, "-q", "-x", "-m", selection, "-p", "no:cacheprovider", "--durations=5"]
     process = subprocess.run(
         [sys.executable, "-m", "pytest", "tests/parallel/on_devices.py", *arguments],
         cwd=ROOT,
@@ -35,5 +35,6 @@ def test_quick():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_all():
-    run("slow")
+def test_all(request):
+    part = request.config.option.matrix_part
+    run("slow", *([] if part is None else ["--matrix-part={}/{}".format(*part)]))

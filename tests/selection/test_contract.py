@@ -21,6 +21,12 @@ LENGTH = 50  # A multiple of no block.
 FIRST = [examples[0] for examples in rules.MASKS.values()]
 # One example is enough where what is judged is the pipeline around the scores.
 every_example = pytest.mark.parametrize("rule", rules.EXAMPLES, ids=lambda r: r.expression())
+# Other examples of a rule add little where one says what a rule must do.
+every_example_slowly = pytest.mark.parametrize(
+    "rule",
+    [pytest.param(r, marks=() if r in FIRST else pytest.mark.slow) for r in rules.EXAMPLES],
+    ids=lambda r: r.expression(),
+)
 every_rule = pytest.mark.parametrize("rule", FIRST, ids=lambda r: type(r).__name__)
 # Where a rule adds little to the pipeline: two in the fast lane, all of them in the slow one.
 FAST = ("Pooled", "XAttention")
@@ -93,7 +99,7 @@ def test_choice(rule):
     assert (kept > 0).mean() < dense.mean()
 
 
-@every_example
+@every_example_slowly
 def test_a_budget_for_everything_is_dense(rule):
     q, k, _ = rules.inputs(1, length=LENGTH)
     kept = rules.chosen(rules.keep_all(rule), q * 20, k)  # Masses that underflow count as well.
@@ -101,7 +107,7 @@ def test_a_budget_for_everything_is_dense(rule):
     np.testing.assert_array_equal(kept, np.broadcast_to(dense, kept.shape))
 
 
-@every_example
+@every_example_slowly
 def test_ties_go_to_the_lower_index(rule):
     q, k, _ = rules.inputs(2, length=LENGTH)
     kept = rules.chosen(rule, q * 0, k) > 0  # Every key scores the same.

@@ -17,7 +17,7 @@ LOSSES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("impl", [None, "reference"])
+@pytest.mark.parametrize("impl", [None, pytest.param("reference", marks=pytest.mark.slow)])
 def test_loss_curve(impl):
     pattern = local.Local(window=6) | sinks.Sinks(tokens=1)
     model = tiny.model(impl=impl, pattern=pattern, sink_logits="learned")

@@ -144,6 +144,7 @@ def test_a_finished_run_is_not_run_again(undisturbed, corpus, capsys):
     assert (undisturbed / "summary.json").read_bytes() == before
 
 
+@pytest.mark.slow  # Two processes; in one, test_loop.py resumes bit by bit.
 def test_killed_and_started_again_is_the_same_run(undisturbed, corpus, tmp_path):
     workdir = tmp_path / "killed"
     process = start(corpus, workdir)

@@ -79,9 +79,9 @@ def test_check_batch_names_what_is_wrong():
         state.check_batch(batch | {"positions": batch["positions"][:, 1:]})
 
 
-def test_seeds_differ_and_repeat():
-    model = tiny.model()
-    a, b, c = (tiny.new_state(model, tiny.optimizer(), seed) for seed in (0, 0, 1))
+def test_seeds_differ_and_repeat(model_and_state):
+    model, a = model_and_state  # Of seed 0.
+    b, c = (tiny.new_state(model, tiny.optimizer(), seed) for seed in (0, 1))
     assert (a.params["embedding"] == b.params["embedding"]).all()
     assert (a.params["embedding"] != c.params["embedding"]).any()
 
