@@ -46,22 +46,25 @@ def table(cells: Sequence[dict[str, Any]], width: int) -> str:
     """
     mine = [c for c in cells if c["width"] == width]
     lengths = sorted({c["length"] for c in mine})
+    methods = list(dict.fromkeys(c["method"] for c in mine))
+    # What a method sees is compared at one length: the largest at which all have run.
+    common = [t for t in lengths if sum(c["length"] == t for c in mine) == len(methods)]
+    at = (common or lengths)[-1]
     rows = []
-    for method in dict.fromkeys(c["method"] for c in mine):
+    for method in methods:
         by_length = {c["length"]: c for c in mine if c["method"] == method}
-        last = by_length[max(by_length)]
-        seen = in_sight(method, last["length"])
+        seen = in_sight(method, at)
+        density = by_length[at]["density"] if at in by_length else None
         row = {
             "method": method,
-            f"density at {last['length']}": last["density"] or "chosen",
-            f"in sight at {last['length']}": "chosen" if seen is None else seen,
+            f"density at {at}": density or ("chosen" if seen is None else ""),
+            f"in sight at {at}": "chosen" if seen is None else seen,
         }
         for length in lengths:
             cell = by_length.get(length)
             row[f"T={length}"] = "not run" if cell is None else _accuracy(cell)
         rows.append(row | {"published (Based)": PUBLISHED.get(method, "")})
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return bench.table([{name: row.get(name, "") for name in names} for row in rows])
+    return bench.table(rows)
 
 
 def _accuracy(cell):
