@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_attn import patterns
+from sparse_attn.models import short_conv
 from sparse_attn.models.mixers import nsa
 from sparse_attn.ops.token_select import compress
 from sparse_attn.patterns import base
@@ -135,8 +136,29 @@ class DenseNsa(nsa.NativeSparseAttention):
         }
 
 
+class Convolution(nn.Module):
+    """A convolution of 3 tokens times a projection of the own one [arXiv:2402.18668, app. E]."""
+
+    dtype: Any
+    out_scale: float
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        taps = self.param("taps", short_conv.init, (3, 1, width))
+        gate = nn.Dense(
+            width, dtype=self.dtype, name="gate", bias_init=nn.initializers.ones,
+            kernel_init=nn.initializers.variance_scaling(self.out_scale**2, "fan_in", "normal"),
+        )(x)  # fmt: skip
+        return short_conv.short_conv(x[:, :, None], taps)[:, :, 0] * gate
+
+
 class Recaller(nn.Module):
-    """Zoology's small model: tokens and places, two attention layers, no MLP, tied output.
+    """The small models of Zoology and Based: two layers, no MLP, tied output.
+
+    With `first_layer="attention"` both are attention, and places are added to tokens
+    [arXiv:2312.04927, app. E]; with "convolution" the first is `Convolution`, which puts what stood
+    before a token into it, and attention needs no places [arXiv:2402.18668, fig. 2].
 
     Returns the logits `[B, P, V]` at `places [B, P]` only: nothing else is asked for.
     """
@@ -147,17 +169,23 @@ class Recaller(nn.Module):
     num_layers: int = 2
     num_heads: int = 1
     dtype: Any = jnp.bfloat16
+    first_layer: str = "attention"
 
     @nn.compact
     def __call__(self, tokens, places, mask):
         # Tokens enter with entries of size 1, as large as what a layer adds to them.
         init, scale = nn.initializers.normal(self.width**-0.5), (2 * self.num_layers) ** -0.5
         table = self.param("embedding", init, (self.vocab_size, self.width))
-        spots = self.param("positions", init, (tokens.shape[1], self.width))
-        x = ((table[tokens] + spots) * self.width**0.5).astype(self.dtype)
+        x = table[tokens]
+        convolution = self.first_layer == "convolution"
+        if not convolution:
+            x = x + self.param("positions", init, (tokens.shape[1], self.width))
+        x = (x * self.width**0.5).astype(self.dtype)
         for i in range(self.num_layers):
             h = nn.LayerNorm(dtype=self.dtype, name=f"norm_{i}")(x)
-            if isinstance(self.rule, nsa.Nsa):
+            if convolution and i == 0:
+                x = x + Convolution(self.dtype, scale, name=f"mixer_{i}")(h)
+            elif isinstance(self.rule, nsa.Nsa):
                 x = x + DenseNsa(
                     rule=self.rule, num_heads=self.num_heads, num_kv_heads=self.num_heads,
                     head_dim=self.width // self.num_heads, rope_base=None, dtype=self.dtype,

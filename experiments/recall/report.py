@@ -1,6 +1,6 @@
-"""Tables of the recall study from its results file; see README.md.
+"""Tables of the recall study from its results files; see README.md.
 
-python -m experiments.recall.report [--results FILE]
+python -m experiments.recall.report [--results FOLDER]
 """
 
 import argparse
@@ -15,7 +15,7 @@ import numpy as np
 from experiments.kernels import bench
 from experiments.recall import dense, mqar_gpu
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "mqar_gpu.json"
+RESULTS = pathlib.Path(__file__).parent / "results"
 # Read off a figure of the authors' code for another, harder mix of lengths (up to 256 pairs) with
 # a convolution in front [arXiv:2402.18668, fig. 2], so the order compares and the values do not.
 PUBLISHED = {"full": 1.0, "window 16": 0.15, "window 64": 0.51}
@@ -71,24 +71,33 @@ def _accuracy(cell):
     return f"{cell['accuracy']:.2f} ({cell['low']:.2f} to {cell['high']:.2f})"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
-    path = parser.parse_args(argv).results
-    if not path.exists():
-        print(f"no {path}: run `python -m experiments.recall.mqar_gpu` on a GPU first")
-        return 1
-    content = json.loads(path.read_text())
+def describe(content: dict[str, Any]) -> str:
+    """Markdown of a results file: what was run where, and a table per width."""
     setting, cells = content["results"]["setting"], content["results"]["cells"]
     text = [
-        f"{content['environment']['device']}; {setting['steps']} steps of {setting['batch']} "
-        f"examples, vocabulary {setting['vocab']}; best of the learning rates, mean of the seeds "
-        "(least to most)."
+        f"{content['environment']['device']}; {setting.get('first_layer', 'attention')} first; "
+        f"{setting['steps']} steps of {setting['batch']} examples, vocabulary {setting['vocab']}; "
+        "best of the learning rates, mean of the seeds (least to most)."
     ]
     for width in sorted({c["width"] for c in cells}):
         text += [f"Width {width}", table(cells, width)]
-    path.with_suffix(".md").write_text("\n\n".join(text) + "\n")
-    print("\n\n".join(text))
+    return "\n\n".join(text) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder")
+    folder = parser.parse_args(argv).results
+    paths = sorted(folder.glob("mqar_*.json"))
+    if not paths:
+        print(
+            f"no {folder}/mqar_*.json: run `python -m experiments.recall.mqar_gpu` on a GPU first"
+        )
+        return 1
+    for path in paths:
+        text = describe(json.loads(path.read_text()))
+        path.with_suffix(".md").write_text(text)
+        print(text)
     return 0
 
 

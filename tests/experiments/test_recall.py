@@ -64,7 +64,7 @@ def test_a_query_that_sees_nothing():
 
 
 def test_batches_are_drawn_as_examples_are():
-    setting = mqar_gpu.Setting.tiny()
+    setting = mqar_gpu.Setting.tiny("attention")
     data = mqar_gpu.data_of(64, setting)["train"]
     inputs, places, answers = (data[name][0] for name in ("inputs", "places", "answers"))
     keys = np.take_along_axis(inputs, places, 1)
@@ -78,19 +78,40 @@ def test_batches_are_drawn_as_examples_are():
     assert not (data["inputs"][0] == data["inputs"][1]).all()  # another seed, other data
 
 
-def test_tiny_grid_resumes(tmp_path, capsys):
-    arguments = ["--tiny", "--out", str(tmp_path), "--methods", "window 16"]
+@pytest.mark.parametrize("first", ["convolution", "attention"])
+def test_tiny_grid_resumes(tmp_path, capsys, first):
+    arguments = ["--tiny", "--out", str(tmp_path), "--methods", "window 16", "--first", first]
     assert mqar_gpu.main(arguments) == 0
-    (cell,) = json.loads((tmp_path / "mqar_gpu.json").read_text())["results"]["cells"]
+    results = json.loads((tmp_path / f"mqar_{first}.json").read_text())["results"]
+    assert results["setting"]["first_layer"] == first
+    (cell,) = results["cells"]
     assert cell["steps"] == 8
     assert np.shape(cell["by_seed_and_rate"]) == (3, 4)
     done = {mqar_gpu.Cell("full", 256, 128)}
     left = mqar_gpu.plan([256], [128], ["full", "MoBA"], done)
     assert left == [mqar_gpu.Cell("MoBA", 256, 128)]
     assert "0 cells left" in capsys.readouterr().out
-    assert report.main(["--results", str(tmp_path / "mqar_gpu.json")]) == 0
-    assert "| window 16 | 0.22" in (tmp_path / "mqar_gpu.md").read_text()
-    assert report.main(["--results", str(tmp_path / "none.json")]) == 1
+    assert report.main(["--results", str(tmp_path)]) == 0
+    table = (tmp_path / f"mqar_{first}.md").read_text()
+    assert f"; {first} first; 8 steps" in table
+    assert "| window 16 | 0.22" in table
+    assert report.main(["--results", str(tmp_path / "none")]) == 1
+
+
+def test_a_convolution_puts_the_tokens_before_into_a_token_and_places_do_not_matter():
+    """With nothing to attend to but itself, a token knows two before it and not where it stands."""
+    model = dense.Recaller(
+        rule=None, vocab_size=48, width=16, dtype=jnp.float32, first_layer="convolution"
+    )
+    tokens, mask = np.arange(1, 13)[None] % 7, np.eye(12, dtype=bool)
+    places = np.arange(12)[None]
+    params = _init(model, tokens, places, mask)
+    logits = np.asarray(_apply(model, params, tokens, places, mask))[0]
+    other = tokens.copy()
+    other[0, 5] = 40
+    changed = np.abs(np.asarray(_apply(model, params, other, places, mask))[0] - logits).max(-1) > 0
+    assert np.nonzero(changed)[0].tolist() == [5, 6, 7]
+    np.testing.assert_allclose(logits[3], logits[10], atol=1e-6)  # 2, 3, 4 end at both.
 
 
 @pytest.mark.parametrize("method", STATIC)
