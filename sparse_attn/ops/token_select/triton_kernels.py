@@ -297,12 +297,13 @@ def backward_kernel(
             sum_k, sum_v, total_entries, HEADS, GROUP, PLACES, H, HV, HP, HVP, TILE, PADDED, SCALE,
             RULE, IDS, True,
         )  # fmt: skip
-    for tile in range(until, first + count):
-        sum_k, sum_v = _backward_tile(
-            tile, q, dout, lse, delta, q_ids, entries, dq, key, value, id_kv, kv_at, kv_valid,
-            sum_k, sum_v, total_entries, HEADS, GROUP, PLACES, H, HV, HP, HVP, TILE, PADDED, SCALE,
-            RULE, IDS, False,
-        )  # fmt: skip
+    if CAUSAL:
+        for tile in range(until, first + count):
+            sum_k, sum_v = _backward_tile(
+                tile, q, dout, lse, delta, q_ids, entries, dq, key, value, id_kv, kv_at, kv_valid,
+                sum_k, sum_v, total_entries, HEADS, GROUP, PLACES, H, HV, HP, HVP, TILE, PADDED,
+                SCALE, RULE, IDS, False,
+            )  # fmt: skip
     stored = n < tl.where(count > 0, BLOCK, 0)
     tiles_lib._store_rows(dk + program * (BLOCK * H), sum_k, n, stored, H, H, HP)
     tiles_lib._store_rows(dv + program * (BLOCK * HV), sum_v, n, stored, HV, HV, HVP)
