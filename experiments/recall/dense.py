@@ -18,6 +18,7 @@ from sparse_attn.ops.token_select import compress
 from sparse_attn.patterns import base
 from sparse_attn.selection import base as selection
 
+FIRST_LAYERS = ("convolution", "attention")
 # The static patterns first: they share one program. Blocks of 8 tokens are four pairs.
 METHODS = {
     "full": "causal()",
@@ -137,7 +138,7 @@ class DenseNsa(nsa.NativeSparseAttention):
 
 
 class Convolution(nn.Module):
-    """A convolution of 3 tokens times a projection of the own one [arXiv:2402.18668, app. E]."""
+    """A convolution of 3 tokens times a projection: the BaseConv of arXiv:2312.04927."""
 
     dtype: Any
     out_scale: float
@@ -173,6 +174,8 @@ class Recaller(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, places, mask):
+        if self.first_layer not in FIRST_LAYERS:
+            raise ValueError(f"first_layer={self.first_layer!r} must be one of {FIRST_LAYERS}")
         # Tokens enter with entries of size 1, as large as what a layer adds to them.
         init, scale = nn.initializers.normal(self.width**-0.5), (2 * self.num_layers) ** -0.5
         table = self.param("embedding", init, (self.vocab_size, self.width))

@@ -112,6 +112,8 @@ def test_a_convolution_puts_the_tokens_before_into_a_token_and_places_do_not_mat
     changed = np.abs(np.asarray(_apply(model, params, other, places, mask))[0] - logits).max(-1) > 0
     assert np.nonzero(changed)[0].tolist() == [5, 6, 7]
     np.testing.assert_allclose(logits[3], logits[10], atol=1e-6)  # 2, 3, 4 end at both.
+    with pytest.raises(ValueError, match="first_layer='conv' must be one of"):
+        _init(model.clone(first_layer="conv"), tokens, places, mask)
 
 
 @pytest.mark.parametrize("method", STATIC)

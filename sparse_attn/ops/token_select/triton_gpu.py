@@ -207,8 +207,7 @@ def _launch(kernel, inputs, selected, plan, tile: Tile, keys: int, arrays, outpu
     absent = jnp.zeros((1,), jnp.int32)
     ids = [absent if x is None else x for x in (inputs.q_segment_ids, inputs.kv_segment_ids)]
     found = blocks_lib.jax_triton().triton_call(
-        *arrays, *ids, segments.work, plan.entry, q_len, kv_len, count,
-        plan.entry.shape[2],
+        *arrays, *ids, segments.work, plan.entry, q_len, kv_len, count, plan.entry.shape[2],
         kernel=kernel, out_shape=outputs(count), grid=(batch * tables * count,),
         num_warps=tile.warps, num_stages=tile.stages,
         HEADS=heads, KV_HEADS=kv_heads, TABLES=tables, PLACES=selected.shape[3],

@@ -122,6 +122,33 @@ def _store_entries(
 
 @triton.jit
 @typing.no_type_check
+def _forward_tile(
+    tile, q, q_ids, entries, out, lse, key, value, id_kv, kv_at, kv_valid, total_entries,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PLACES: tl.constexpr, H: tl.constexpr,
+    HV: tl.constexpr, HP: tl.constexpr, HVP: tl.constexpr, TILE: tl.constexpr,
+    PADDED: tl.constexpr, SCALE: tl.constexpr, RULE: tl.constexpr, IDS: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Outputs of a tile of entries that need the keys given and no others; see `_softmax_step`."""
+    ROWS: tl.constexpr = TILE * PADDED
+    entry, head, valid = _rows(entries, tile, total_entries, TILE, GROUP, PADDED)
+    token = entry // PLACES
+    query = tiles_lib._load_rows(q, token.to(tl.int64) * HEADS + head, valid, H, H, HP)
+    acc = tl.zeros([ROWS, HVP], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    visible = kv_valid[None, :]
+    if MASKED:
+        id_q = tl.load(q_ids + token, mask=valid, other=0) if IDS else token
+        visible = _visible(
+            token[:, None], kv_at[None, :], visible, id_q[:, None], id_kv[None, :], RULE, IDS
+        )
+    acc, total, top = _softmax_step(acc, total, top, query, key, value, visible, SCALE, MASKED)
+    _store_entries(out, lse, acc, total, top, entry, head, valid, HEADS, HV, HVP)
+
+
+@triton.jit
+@typing.no_type_check
 def forward_kernel(
     q, k, v, q_ids, kv_ids, work, entries, q_len, kv_len, num_segments, num_entries, out, lse,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TABLES: tl.constexpr, PLACES: tl.constexpr,
@@ -159,28 +186,33 @@ def forward_kernel(
         key, value, bad = _keys(k, v, start + n, kv_valid, KV_HEADS, H, HV, HP, HVP)
         key = _poisoned(key, bad)
         id_kv = tl.load(kv_ids + start + n, mask=kv_valid, other=0) if IDS else n
-    end = first + count
-    until = end
+    until = first + count
     if CAUSAL:
         until = _masked_until(entries, first, count, block, kv_len, BLOCK, TILE, PLACES)
-    for tile in range(first, until):
-        entry, head, valid = _rows(entries, tile, total_entries, TILE, GROUP, PADDED)
-        token = entry // PLACES
-        query = tiles_lib._load_rows(q, token.to(tl.int64) * HEADS + head, valid, H, H, HP)
-        id_q = tl.load(q_ids + token, mask=valid, other=0) if IDS else token
-        acc = tl.zeros([ROWS, HVP], tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        # A program that holds the whole block has no inner loop, so that the outer is pipelined.
-        if SUB == 1:
-            visible = _visible(
-                token[:, None], (start + n)[None, :], kv_valid[None, :], id_q[:, None],
-                id_kv[None, :], RULE, IDS,
+    # A program that holds the whole block has no inner loop, so that the outer is pipelined.
+    if SUB == 1:
+        for tile in range(first, until):
+            _forward_tile(
+                tile, q, q_ids, entries, out, lse, key, value, id_kv, start + n, kv_valid,
+                total_entries, HEADS, GROUP, PLACES, H, HV, HP, HVP, TILE, PADDED, SCALE, RULE,
+                IDS, True,
             )  # fmt: skip
-            acc, total, top = _softmax_step(
-                acc, total, top, query, key, value, visible, SCALE, True
-            )
-        else:
+        if CAUSAL:
+            for tile in range(until, first + count):
+                _forward_tile(
+                    tile, q, q_ids, entries, out, lse, key, value, id_kv, start + n, kv_valid,
+                    total_entries, HEADS, GROUP, PLACES, H, HV, HP, HVP, TILE, PADDED, SCALE, RULE,
+                    IDS, False,
+                )  # fmt: skip
+    else:
+        for tile in range(first, until):
+            entry, head, valid = _rows(entries, tile, total_entries, TILE, GROUP, PADDED)
+            token = entry // PLACES
+            query = tiles_lib._load_rows(q, token.to(tl.int64) * HEADS + head, valid, H, H, HP)
+            id_q = tl.load(q_ids + token, mask=valid, other=0) if IDS else token
+            acc = tl.zeros([ROWS, HVP], tl.float32)
+            total = tl.zeros([ROWS], tl.float32)
+            top = tl.full([ROWS], float("-inf"), tl.float32)
             for sub in range(SUB):
                 kv_in = sub * KEYS + n
                 at = start + kv_in
@@ -195,16 +227,6 @@ def forward_kernel(
                 acc, total, top = _softmax_step(
                     acc, total, top, query, part_k, part_v, visible, SCALE, True
                 )
-        _store_entries(out, lse, acc, total, top, entry, head, valid, HEADS, HV, HVP)
-    if CAUSAL:
-        for tile in range(until, end):
-            entry, head, valid = _rows(entries, tile, total_entries, TILE, GROUP, PADDED)
-            row = (entry // PLACES).to(tl.int64) * HEADS + head
-            query = tiles_lib._load_rows(q, row, valid, H, H, HP)
-            acc = tl.zeros([ROWS, HVP], tl.float32)
-            total = tl.zeros([ROWS], tl.float32)
-            top = tl.full([ROWS], float("-inf"), tl.float32)
-            acc, total, top = _softmax_step(acc, total, top, query, key, value, n, SCALE, False)
             _store_entries(out, lse, acc, total, top, entry, head, valid, HEADS, HV, HVP)
 
 
