@@ -93,7 +93,8 @@ def test_a_bad_key_spoils_the_queries_that_see_it_and_nothing_else(backend, env)
 def test_what_hidden_tokens_hold_has_no_effect(backend, env):
     """nan in padding, and the largest number in values that no query sees."""
     case = contract.Case(
-        "hidden", local.Local(window=5), q_len=150, change=problems.documents((40, 60)),
+        "hidden", local.Local(window=5), batch=2, q_len=150,
+        change=problems.documents((40, 60), (90,)),
     )  # fmt: skip
     problem = contract.build(case, env)
     padding = problem.segment_ids == 0
