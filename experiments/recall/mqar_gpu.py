@@ -32,7 +32,9 @@ from sparse_attn.data.synthetic import mqar
 SEEDS = (0, 1, 2)
 RATES = tuple(np.logspace(-4, -2, 4).tolist())
 WEIGHT_DECAY, WARM_UP = 0.1, 0.05
-SOLVED = 0.99  # The original ends a run there; a cell ends when one rate is there for all seeds.
+# The original ends a run there; a cell ends when one rate is there for all seeds, or at this part
+# of what a method can know (`in_sight`).
+SOLVED = 0.99
 PAIRS = {64: 4, 128: 8, 256: 16}
 # From what tells most to what costs most.
 GRID = (
@@ -89,6 +91,27 @@ def data_of(length: int, setting: Setting) -> dict[str, dict[str, np.ndarray]]:
         drawn = [task.batch(np.random.default_rng((s, split, length)), size) for s in SEEDS]
         data[name] = {key: np.stack([x[key] for x in drawn]) for key in drawn[0]}
     return data
+
+
+def in_sight(method: str, places: np.ndarray, first_layer: str) -> float | None:
+    """The part of the questions at `places [..., pairs]` whose value the last layer sees.
+
+    A convolution carries a pair to the token after its value as well. None for a selector, which
+    chooses.
+
+    >>> places = np.array([[6, 20]])  # Values at 1 and 3; after the convolution also at 2 and 4.
+    >>> in_sight("window 16", places, "convolution"), in_sight("dilated", places, "attention")
+    (0.5, 0.0)
+    """
+    rule = dense.rule_of(method)
+    if not dense.is_static(rule):
+        return None
+    mask = dense.mask_of(rule, places.max() + 1)
+    values = 2 * np.arange(places.shape[-1]) + 1  # Where the values of the pairs stand.
+    seen = mask[places, values]
+    if first_layer == "convolution":
+        seen |= mask[places, values + 1]
+    return float(seen.mean())
 
 
 def flops_of(cell: Cell, setting: Setting) -> float:
@@ -216,6 +239,9 @@ def run_cell(cell: Cell, setting: Setting, data: Any, programs_of: Any) -> dict[
         None,
         [],
     )
+    # Two layers of attention hand on what the last one does not see.
+    known = in_sight(cell.method, np.asarray(data["test"]["places"]), setting.first_layer)
+    known = 1.0 if known is None or setting.first_layer == "attention" else known
     every = max(setting.chunk, setting.steps // setting.evals // setting.chunk * setting.chunk)
     while step < setting.steps:
         steps = np.arange(step, step + setting.chunk)
@@ -227,7 +253,7 @@ def run_cell(cell: Cell, setting: Setting, data: Any, programs_of: Any) -> dict[
         accuracy = np.asarray(test(state[0], data["test"], mask), np.float64)
         best = accuracy if best is None else np.maximum(best, accuracy)
         curve.append([step, float(accuracy.mean(0).max())])
-        if (best.min(0) >= SOLVED).any():
+        if (best.min(0) >= SOLVED * known).any():
             break
     rate = int(best.mean(0).argmax())
     return {

@@ -10,10 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from experiments.kernels import bench
-from experiments.recall import dense, mqar_gpu
+from experiments.recall import mqar_gpu
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 # Read off a figure of the authors' code for another, harder mix of lengths (up to 256 pairs) with
@@ -21,27 +19,23 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 PUBLISHED = {"full": 1.0, "window 16": 0.15, "window 64": 0.51}
 
 
-def in_sight(method: str, length: int, test: int = 3000) -> float | None:
-    """The part of MQAR's questions whose value a query of the last layer sees; None if chosen.
+def in_sight(method: str, length: int, first_layer: str, test: int = 3000) -> float | None:
+    """`mqar_gpu.in_sight` of the study's test examples at a length.
 
-    >>> in_sight("full", 64, test=10)
+    >>> in_sight("full", 64, "attention", test=10)
     1.0
     """
-    rule = dense.rule_of(method)
-    if not dense.is_static(rule):
-        return None
     setting = mqar_gpu.Setting(train=1, test=test)
     places = mqar_gpu.data_of(length, setting)["test"]["places"]
-    values = 2 * np.arange(places.shape[-1]) + 1  # Where the values of the pairs stand.
-    return float(dense.mask_of(rule, length)[places, values].mean())
+    return mqar_gpu.in_sight(method, places, first_layer)
 
 
-def table(cells: Sequence[dict[str, Any]], width: int) -> str:
+def table(cells: Sequence[dict[str, Any]], width: int, first_layer: str) -> str:
     """Markdown: mean accuracy (least to most of the seeds) by method and length, at one width.
 
     >>> cell = {"method": "full", "length": 64, "width": 128, "density": 0.5, "accuracy": 1.0,
     ...         "low": 0.99, "high": 1.0}
-    >>> print(table([cell], 128).splitlines()[-1])
+    >>> print(table([cell], 128, "attention").splitlines()[-1])
     | full   | 0.5           | 1              | 1.00 (0.99 to 1.00) | 1                 |
     """
     mine = [c for c in cells if c["width"] == width]
@@ -53,7 +47,7 @@ def table(cells: Sequence[dict[str, Any]], width: int) -> str:
     rows = []
     for method in methods:
         by_length = {c["length"]: c for c in mine if c["method"] == method}
-        seen = in_sight(method, at)
+        seen = in_sight(method, at, first_layer)
         density = by_length[at]["density"] if at in by_length else None
         row = {
             "method": method,
@@ -74,13 +68,14 @@ def _accuracy(cell):
 def describe(content: dict[str, Any]) -> str:
     """Markdown of a results file: what was run where, and a table per width."""
     setting, cells = content["results"]["setting"], content["results"]["cells"]
+    first_layer = setting.get("first_layer", "attention")
     text = [
-        f"{content['environment']['device']}; {setting.get('first_layer', 'attention')} first; "
+        f"{content['environment']['device']}; {first_layer} first; "
         f"{setting['steps']} steps of {setting['batch']} examples, vocabulary {setting['vocab']}; "
         "best of the learning rates, mean of the seeds (least to most)."
     ]
     for width in sorted({c["width"] for c in cells}):
-        text += [f"Width {width}", table(cells, width)]
+        text += [f"Width {width}", table(cells, width, first_layer)]
     return "\n\n".join(text) + "\n"
 
 
