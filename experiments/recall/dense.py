@@ -74,19 +74,39 @@ def attend(q: Any, k: Any, v: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
     return out, lse[..., 0].swapaxes(1, 2)
 
 
-def chosen(rule: selection.Selector, q: Any, k: Any, mask: Any) -> jax.Array:
-    """The bool mask `[B, N, T, T]` of what a selector chooses for these queries and keys."""
+def at_places(x: jax.Array, places: jax.Array) -> jax.Array:
+    """What of `x [B, T, ...]` stands at `places [B, P]`.
+
+    >>> at_places(jnp.arange(6).reshape(1, 6), jnp.array([[4, 1]])).tolist()
+    [[4, 1]]
+    """
+    return jax.vmap(lambda row, at: row[at])(x, places)
+
+
+def chosen(rule: selection.Selector, q: Any, k: Any, mask: Any, places: Any) -> jax.Array:
+    """The bool mask `[B, N, P, T]` of what a selector chooses for the queries at `places [B, P]`.
+
+    Args:
+      rule: the selector.
+      q, k: all queries and keys `[B, T, N, H]`: a block of queries may choose together.
+      mask: bool `[T, T]`, what may be chosen.
+      places: of the queries whose choice is returned.
+    """
     length = q.shape[1]
     table = rule.select(q, k)
     # Lists made at run time have room for all blocks in each row.
     lists = table.kv_indices.reshape(*table.kv_counts.shape, -1)
+    lists = at_places(jnp.moveaxis(lists, 1, 2), places // rule.block_q)
     kept = (lists[..., None] == jnp.arange(table.num_cols)).any(-2)
-    kept = jnp.repeat(jnp.repeat(kept, rule.block_q, 2), rule.block_kv, 3)
-    return kept[:, :, :length, :length] & mask
+    kept = jnp.repeat(kept, rule.block_kv, 3)[..., :length]
+    return jnp.moveaxis(kept, 2, 1) & mask[places][:, None]
 
 
 class Attention(nn.Module):
-    """Multi-head attention under `mask [T, T]`, or under what `rule` chooses from it."""
+    """Multi-head attention under `mask [T, T]`, or under what `rule` chooses from it.
+
+    Returns `[B, P, D]`, for the queries at `places [B, P]`.
+    """
 
     rule: Any
     num_heads: int
@@ -94,17 +114,23 @@ class Attention(nn.Module):
     out_scale: float
 
     @nn.compact
-    def __call__(self, x, mask):
+    def __call__(self, x, mask, places):
         heads = (self.num_heads, x.shape[-1] // self.num_heads)
         init = nn.initializers.variance_scaling
-        q, k, v = (
+        query, key, value = (
             nn.DenseGeneral(
                 heads, use_bias=False, dtype=self.dtype, name=name,
                 kernel_init=init(1.0, "fan_in", "normal"),
-            )(x)
+            )
             for name in ("query", "key", "value")
         )  # fmt: skip
-        out, _ = attend(q, k, v, mask if self.rule is None else chosen(self.rule, q, k, mask))
+        k, v = key(x), value(x)
+        if self.rule is None:
+            q, seen = query(at_places(x, places)), mask[places][:, None]
+        else:
+            q = query(x)
+            q, seen = at_places(q, places), chosen(self.rule, q, k, mask, places)
+        out, _ = attend(q, k, v, seen)
         return nn.DenseGeneral(
             x.shape[-1], axis=(-2, -1), use_bias=False, dtype=self.dtype, name="out",
             kernel_init=init(self.out_scale**2, "fan_in", "normal"),
@@ -112,7 +138,12 @@ class Attention(nn.Module):
 
 
 class DenseNsa(nsa.NativeSparseAttention):
-    """`NativeSparseAttention` with its three branches as dense attention."""
+    """`NativeSparseAttention` with its branches as dense attention, for the queries at `places`.
+
+    Of the output `[B, T, D]` only what stands at `places` means something.
+    """
+
+    places: Any = None  # [B, P]
 
     def _branches(self, q, keys, segment_ids):
         rule, length, at = self.rule, q.shape[1], jnp.arange(q.shape[1])
@@ -127,14 +158,17 @@ class DenseNsa(nsa.NativeSparseAttention):
             initial=rule.initial, local=rule.local,
         )  # fmt: skip
         blocks = (selected[..., None] == jnp.arange(-(-length // rule.block_kv))).any(-2)
-        kept = jnp.repeat(blocks, rule.block_kv, -1)[..., :length].swapaxes(1, 2)
-        causal = at[:, None] >= at
-        near = causal & (at[:, None] - at < rule.window)
-        return {
-            "compressed": compressed,
-            "selected": attend(q, *keys["selected"], kept & causal)[0],
-            "window": attend(q, *keys["window"], near)[0],
+        blocks = at_places(blocks, self.places).swapaxes(1, 2)
+        kept = jnp.repeat(blocks, rule.block_kv, -1)[..., :length]
+        back = (self.places[..., None] - at)[:, None]
+        q = at_places(q, self.places)
+        rows = jnp.arange(q.shape[0])[:, None]
+        outs = {
+            "selected": attend(q, *keys["selected"], kept & (back >= 0))[0],
+            "window": attend(q, *keys["window"], (back >= 0) & (back < rule.window))[0],
         }
+        outs = {n: jnp.zeros_like(compressed).at[rows, self.places].set(x) for n, x in outs.items()}
+        return outs | {"compressed": compressed}
 
 
 class Convolution(nn.Module):
@@ -161,7 +195,8 @@ class Recaller(nn.Module):
     [arXiv:2312.04927, app. E]; with "convolution" the first is `Convolution`, which puts what stood
     before a token into it, and attention needs no places [arXiv:2402.18668, fig. 2].
 
-    Returns the logits `[B, P, V]` at `places [B, P]` only: nothing else is asked for.
+    Returns the logits `[B, P, V]` at `places [B, P]` only: nothing else is asked for, so the last
+    layer runs for these queries only.
     """
 
     rule: Any
@@ -184,20 +219,25 @@ class Recaller(nn.Module):
         if not convolution:
             x = x + self.param("positions", init, (tokens.shape[1], self.width))
         x = (x * self.width**0.5).astype(self.dtype)
+        everywhere = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         for i in range(self.num_layers):
             h = nn.LayerNorm(dtype=self.dtype, name=f"norm_{i}")(x)
             if convolution and i == 0:
                 x = x + Convolution(self.dtype, scale, name=f"mixer_{i}")(h)
-            elif isinstance(self.rule, nsa.Nsa):
-                x = x + DenseNsa(
+                continue
+            asked = everywhere
+            if i == self.num_layers - 1:
+                asked, x = places, at_places(x, places)
+            if isinstance(self.rule, nsa.Nsa):
+                layer = DenseNsa(
                     rule=self.rule, num_heads=self.num_heads, num_kv_heads=self.num_heads,
                     head_dim=self.width // self.num_heads, rope_base=None, dtype=self.dtype,
-                    out_scale=scale, name=f"mixer_{i}",
-                )(h)  # fmt: skip
+                    out_scale=scale, places=asked, name=f"mixer_{i}",
+                )  # fmt: skip
+                x = x + at_places(layer(h), asked)
             else:
                 layer = Attention(self.rule, self.num_heads, self.dtype, scale, name=f"mixer_{i}")
-                x = x + layer(h, mask)
-        x = jnp.take_along_axis(x, places[..., None], 1)
+                x = x + layer(h, mask, asked)
         x = nn.LayerNorm(dtype=self.dtype, name="final_norm")(x)
         return jnp.einsum(
             "BPD,VD->BPV", x, table.astype(self.dtype), preferred_element_type=jnp.float32

@@ -42,6 +42,7 @@ GRID = (
     (256, 256), (64, 256), (128, 256), (64, 512), (128, 512), (256, 512),
 )  # fmt: skip
 ADAM = optax.scale_by_adam()
+EMBEDDING = (jax.tree_util.DictKey("embedding"),)
 _COMPILING = 4  # Programs at a time.
 
 
@@ -64,11 +65,15 @@ class Setting(NamedTuple):
     vocab: int = 8192
     train: int = 100_000
     test: int = 3000
+    # All but the embedding learns at `base_width / width` of the rate [arXiv:2203.03466, table 3],
+    # so that one grid of rates fits all widths; None: at the rate.
+    base_width: int | None = None
 
     @classmethod
     def tiny(cls, first_layer: str) -> "Setting":
         """For tests: seconds on a CPU."""
-        return cls(first_layer, steps=8, batch=4, chunk=4, evals=2, vocab=128, train=64, test=24)
+        sizes = {"steps": 8, "batch": 4, "chunk": 4, "evals": 2, "vocab": 128}
+        return cls(first_layer, **sizes, train=64, test=24, base_width=64)
 
 
 def model_of(cell: Cell, setting: Setting) -> dense.Recaller:
@@ -146,8 +151,12 @@ def programs(cell: Cell, setting: Setting):
         updates, moments = ADAM.update(grads, moments)
         done = step / setting.steps
         rate *= jnp.minimum(1, done / WARM_UP) * (0.5 + 0.5 * jnp.cos(jnp.pi * done))
-        params = jax.tree.map(lambda p, u: p - rate * (u + WEIGHT_DECAY * p), params, updates)
-        return params, moments
+        inner = rate if setting.base_width is None else rate * setting.base_width / cell.width
+
+        def moved(path, p, u):
+            return p - (rate if path == EMBEDDING else inner) * (u + WEIGHT_DECAY * p)
+
+        return jax.tree_util.tree_map_with_path(moved, params, updates), moments
 
     # State is [seeds, rates, ...]; the data belong to the seed.
     over_rates = jax.vmap(one_step, (0, None, 0, None, None))
@@ -291,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="one short cell per method, on a CPU")
     options = parser.parse_args(argv)
     began = time.perf_counter()
-    setting = Setting(options.first, steps=options.steps, batch=options.batch)
+    setting = Setting(options.first, steps=options.steps, batch=options.batch, base_width=64)
     cells_done: dict[Cell, dict] = {}
     if options.resume:
         content = json.loads(options.resume.read_text())["results"]

@@ -36,7 +36,8 @@ def test_dense_attention_is_the_library_s(method):
     mask = np.asarray(dense.mask_of(rule, q.shape[1]))
     if method in SELECTED:
         expected = attend_lib.attend(q, k, v, mask=rule.select(q, k), impl="reference")
-        allowed, mask = mask, np.asarray(_chosen(rule, q, k, mask))
+        places = np.broadcast_to(np.arange(q.shape[1]), q.shape[:2])
+        allowed, mask = mask, np.asarray(_chosen(rule, q, k, mask, places))
         assert not mask.all(where=allowed)  # something is left out
     else:
         expected = attend_lib.attend(q, k, v, mask=rule, impl="reference")
@@ -48,9 +49,43 @@ def test_dense_nsa_is_the_layer():
     fields = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 16, "rope_base": None}
     layer = dense.rule_of("NSA").layer(impl="reference", **fields)
     params = _init(layer, x)
-    ours = dense.DenseNsa(rule=dense.rule_of("NSA"), **fields)
+    places = np.array([[47, 3, 20], [0, 8, 31]])
+    ours = dense.DenseNsa(rule=dense.rule_of("NSA"), **fields, places=places)
     assert isinstance(layer, nsa.NativeSparseAttention)
-    np.testing.assert_allclose(_apply(ours, params, x), _apply(layer, params, x), atol=2e-5)
+    found = jax.jit(lambda x: dense.at_places(ours.apply(params, x), places))(x)
+    expected = dense.at_places(_apply(layer, params, x), places)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", ["sinks + window 16", "MoBA", "pooled top-k"])
+def test_some_queries_get_what_all_get(method):
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 48, 16)), jnp.float32)
+    rule = dense.rule_of(method)
+    mask = dense.mask_of(rule, 48)
+    layer = dense.Attention(None if dense.is_static(rule) else rule, 1, jnp.float32, 1.0)
+    everywhere, some = np.broadcast_to(np.arange(48), (2, 48)), np.array([[47, 3], [0, 31]])
+    params = _init(layer, x, mask, everywhere)
+    expected = dense.at_places(_apply(layer, params, x, mask, everywhere), some)
+    np.testing.assert_allclose(_apply(layer, params, x, mask, some), expected, atol=2e-5)
+
+
+def test_all_but_the_embedding_learns_slower_in_wider_models():
+    cell, setting = mqar_gpu.Cell("full", 16, 32), mqar_gpu.Setting.tiny("convolution")
+    data, seeds = mqar_gpu.data_of(16, setting)["train"], len(mqar_gpu.SEEDS)
+    rows, mask = np.zeros((1, seeds, setting.batch), np.int32), np.tri(16, dtype=bool)
+
+    def moved(base_width):
+        start, train, _ = mqar_gpu.programs(cell, setting._replace(base_width=base_width))
+        before = jax.jit(start)(np.arange(seeds))
+        rates = np.asarray(mqar_gpu.RATES, np.float32)
+        after = jax.jit(train)(before, data, rows, np.ones(1, np.float32), rates, mask)
+        steps = jax.tree.map(lambda a, b: np.asarray(a - b), after[0], before[0])
+        return steps["embedding"], steps["mixer_1"]["value"]["kernel"]
+
+    (table, value), (slow_table, slow_value) = moved(None), moved(16)
+    np.testing.assert_array_equal(table, slow_table)
+    np.testing.assert_allclose(slow_value, value / 2, atol=1e-6)
+    assert np.abs(value).max() > 1e-4
 
 
 def test_a_query_that_sees_nothing():
