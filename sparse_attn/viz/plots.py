@@ -29,20 +29,23 @@ def curves(
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     picture = figure.Figure(figsize=(5.5 * len(panels), 3.8), layout="constrained")
+    drawn = {}
     for axes, (title, lines) in zip(
         np.atleast_1d(picture.subplots(1, len(panels))), panels.items(), strict=True
     ):
         for name, (x, y) in lines.items():
             marker = "o" if len(x) < 12 else None
             color = f"C{names.index(name)}"
-            axes.plot(x, y, label=name, color=color, marker=marker, markersize=3, linewidth=1.4)
+            style = {"color": color, "marker": marker, "markersize": 3, "linewidth": 1.4}
+            (drawn[name],) = axes.plot(x, y, label=name, **style)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(x_label)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    if names:
-        axes.legend(frameon=False, fontsize=9)
+    if names:  # Beside the panels: a legend inside hides lines.
+        handles = [drawn[name] for name in names]
+        picture.legend(handles=handles, frameon=False, fontsize=9, loc="outside center right")
     picture.savefig(path, dpi=120)
 
 
