@@ -290,25 +290,33 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--resume", type=pathlib.Path, help="results of an earlier call")
-    parser.add_argument("--first", choices=dense.FIRST_LAYERS, default="convolution")
+    parser.add_argument("--first", choices=dense.FIRST_LAYERS, help="default: convolution")
     parser.add_argument("--budget-s", type=float, default=1200, help="starts no cell after this")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, help="default: 2000")
+    parser.add_argument("--batch", type=int, help="default: 128")
     parser.add_argument("--lengths", type=int, nargs="*", default=list(PAIRS))
     parser.add_argument("--widths", type=int, nargs="*", default=[64, 128, 256, 512])
     parser.add_argument("--methods", nargs="*", default=list(dense.METHODS))
     parser.add_argument("--tiny", action="store_true", help="one short cell per method, on a CPU")
     options = parser.parse_args(argv)
     began = time.perf_counter()
-    setting = Setting(options.first, steps=options.steps, batch=options.batch, base_width=64)
+    asked = {"first_layer": options.first, "steps": options.steps, "batch": options.batch}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    setting = Setting("convolution", base_width=64)._replace(**asked)
     cells_done: dict[Cell, dict] = {}
     if options.resume:
         content = json.loads(options.resume.read_text())["results"]
         setting = Setting(**content["setting"])
+        for name, value in asked.items():
+            if value != getattr(setting, name):
+                parser.error(
+                    f"{options.resume} has {name}={getattr(setting, name)!r}, not {value!r}: leave "
+                    "the flag out to go on with it, or --resume to start anew"
+                )
         cells_done = {Cell(c["method"], c["length"], c["width"]): c for c in content["cells"]}
     cells = plan(options.lengths, options.widths, options.methods, cells_done)
     if options.tiny:
-        setting = Setting.tiny(options.first)
+        setting = Setting.tiny(setting.first_layer)
         cells = [Cell(method, 64, 64) for method in options.methods]
     print(f"{len(cells)} cells, {sum(flops_of(c, setting) for c in cells):.2e} FLOPs", flush=True)
     data: dict[int, Any] = {}

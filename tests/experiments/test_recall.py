@@ -135,6 +135,17 @@ def test_tiny_grid_resumes(tmp_path, capsys, first):
     assert report.main(["--results", str(tmp_path / "none")]) == 1
 
 
+def test_resuming_refuses_another_setting(tmp_path, capsys):
+    setting = mqar_gpu.Setting("attention", steps=12_000)
+    path = tmp_path / "mqar_attention.json"
+    path.write_text(json.dumps({"results": {"setting": setting._asdict(), "cells": []}}))
+    arguments = ["--out", str(tmp_path), "--resume", str(path)]
+    assert mqar_gpu.main([*arguments, "--steps", "12000", "--lengths"]) == 0  # No cells.
+    with pytest.raises(SystemExit):
+        mqar_gpu.main([*arguments, "--first", "convolution"])
+    assert "first_layer='attention', not 'convolution'" in capsys.readouterr().err
+
+
 def test_a_convolution_puts_the_tokens_before_into_a_token_and_places_do_not_matter():
     """With nothing to attend to but itself, a token knows two before it and not where it stands."""
     model = dense.Recaller(
