@@ -28,8 +28,7 @@ from experiments.selection import fla_nsa, gpu_report
 from sparse_attn.ops import attend as attend_lib
 from sparse_attn.ops import scoring
 from sparse_attn.ops.token_select import attend as select_lib
-from sparse_attn.ops.token_select import by_block, compress, lists
-from sparse_attn.ops.token_select import plan as plan_lib
+from sparse_attn.ops.token_select import compress, lists
 from sparse_attn.patterns import causal, local
 
 LENGTHS = (8192, 32768, 65536)
@@ -127,29 +126,16 @@ class Backend(NamedTuple):
         return {"impl": self.impl, "kernel": self.kernel if self.impl == "by_block" else None}
 
 
-def plans(inputs, name: str):
-    """All plans of a call on backend `name`; None for one that makes none."""
-    if name == "triton_gpu":
-        from sparse_attn.ops.token_select import triton_gpu  # Triton need not be installed.
-
-        return triton_gpu.plan(inputs)
-    if name != "by_block":
-        return None
-    shape, blocks = by_block._Shape.of(inputs), -(-inputs.k.shape[1] // inputs.block)
-    steps = by_block._steps(inputs, shape)
-    return jax.lax.map(lambda step: plan_lib.plan(step, tile=shape.tile, blocks=blocks), steps)
-
-
 def selected_attention(clock: Clock, backend: Backend, block, q, k, v, selected) -> None:
     """Attention by lists, and the ordering of entries by block that is part of it."""
     inputs = select_lib.validate(q, k, v, selected, block, CAUSAL, None, None)
-    name = select_lib._choose(inputs, **backend.for_lists).__name__.rsplit(".", 1)[-1]
-    clock.note("impl", name)
+    module = select_lib._choose(inputs, **backend.for_lists)
+    clock.note("impl", module.__name__.rsplit(".", 1)[-1])
 
     def plan(selected):
-        return plans(select_lib.validate(q, k, v, selected, block, CAUSAL, None, None), name)
+        return module.plan(select_lib.validate(q, k, v, selected, block, CAUSAL, None, None))
 
-    if name in ("by_block", "triton_gpu"):
+    if hasattr(module, "plan"):
         clock.forward("plan", plan, selected)
 
     def attention(q, k, v, selected):

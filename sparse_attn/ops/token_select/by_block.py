@@ -227,22 +227,32 @@ def _merge(out, lse, outs, lses):
     return out, lse
 
 
+def plan(inputs: inputs_lib.Inputs, kernel: str | None = None) -> plan_lib.Plan:
+    """The plans of all steps, for both passes."""
+    del kernel
+    inputs = _fold(inputs)
+    shape, blocks = _Shape.of(inputs), -(-inputs.k.shape[1] // inputs.block)
+    return jax.lax.map(
+        lambda selected: plan_lib.plan(selected, tile=shape.tile, blocks=blocks),
+        _steps(inputs, shape),
+    )
+
+
 def forward(inputs: inputs_lib.Inputs, kernel: str | None = None) -> tuple[jax.Array, jax.Array]:
     """`out [B, T, N, Hv]` in q's dtype and `lse [B, T, N]` float32."""
     whole, inputs = inputs, _fold(inputs)
-    shape, blocks = _Shape.of(inputs), -(-inputs.k.shape[1] // inputs.block)
+    shape = _Shape.of(inputs)
     out, lse = _forward(_diagonal(inputs), kernel)
     own = _own(inputs)
     lse = jnp.where(own, lse, -jnp.inf)
     out = jnp.where(own[..., None], out, 0).astype(jnp.float32)
 
-    def step(carry, selected):
-        plan = plan_lib.plan(selected, tile=shape.tile, blocks=blocks)
+    def step(carry, plan):
         outs, lses = _forward(_as_blocks(inputs, shape, plan), kernel)
         pieces = _from_entries(outs, plan, inputs), _from_entries(lses, plan, inputs, -jnp.inf)
         return _merge(*carry, *pieces), None
 
-    (out, lse), _ = jax.lax.scan(step, (out, lse), _steps(inputs, shape))
+    (out, lse), _ = jax.lax.scan(step, (out, lse), inputs.plan)
     out = out.astype(inputs.q.dtype)
     if whole is inputs:
         return out, lse
@@ -256,7 +266,7 @@ def backward(
     whole, inputs = inputs, _fold(inputs)
     if whole is not inputs:
         lse, dout, delta = (_to_tables(x, whole.sizes[0]) for x in (lse, dout, delta))
-    shape, blocks = _Shape.of(inputs), -(-inputs.k.shape[1] // inputs.block)
+    shape = _Shape.of(inputs)
 
     def grads(part, *arrays):
         found = attend_lib.choose(part, kernel).backward(part, *arrays)
@@ -268,8 +278,7 @@ def backward(
         jnp.where(own, delta, 0),
     )  # fmt: skip
 
-    def step(sums, selected):
-        plan = plan_lib.plan(selected, tile=shape.tile, blocks=blocks)
+    def step(sums, plan):
         dq, dk, dv = grads(
             _as_blocks(inputs, shape, plan),
             _to_entries(lse, plan, inputs, -jnp.inf),
@@ -279,7 +288,7 @@ def backward(
         dq = _from_entries(dq, plan, inputs).sum(3)
         return tuple(a + b for a, b in zip(sums, (dq, dk, dv), strict=True)), None
 
-    sums, _ = jax.lax.scan(step, start, _steps(inputs, shape))
+    sums, _ = jax.lax.scan(step, start, inputs.plan)
     likes = (whole.q, whole.k, whole.v)
     if whole is not inputs:
         sums = map(_from_tables, sums, likes)
