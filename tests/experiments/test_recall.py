@@ -144,6 +144,9 @@ def test_resuming_refuses_another_setting(tmp_path, capsys):
     with pytest.raises(SystemExit):
         mqar_gpu.main([*arguments, "--first", "convolution"])
     assert "first_layer='attention', not 'convolution'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        mqar_gpu.main([*arguments, "--tiny"])
+    assert "--tiny has sizes of its own" in capsys.readouterr().err
 
 
 def test_a_convolution_puts_the_tokens_before_into_a_token_and_places_do_not_matter():
