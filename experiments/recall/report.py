@@ -15,6 +15,7 @@ import numpy as np
 from experiments.kernels import bench
 from experiments.recall import dense, mqar_gpu
 from sparse_attn.data.synthetic import mqar
+from sparse_attn.masks import stats
 from sparse_attn.viz import plots
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -35,23 +36,34 @@ def in_sight(method: str, length: int, first_layer: str, test: int = 3000) -> fl
     return mqar_gpu.in_sight(method, places, first_layer)
 
 
+def keys_read(method: str, length: int) -> float:
+    """Keys that a query reads, in the mean over a row; of a selector as many as it may.
+
+    >>> keys_read("window 16", 64), keys_read("pooled top-k", 64)
+    (14.125, 22.5)
+    """
+    rule = dense.rule_of(method)
+    if dense.is_static(rule):
+        return float(dense.mask_of(rule, length).sum(1).mean())
+    return length * stats.of(rule.at_most(length)).token_density
+
+
 def table(cells: Sequence[dict[str, Any]], width: int, first_layer: str) -> str:
     """Markdown: mean accuracy (least to most of the seeds) by method and length, at one width.
 
     >>> cell = {"method": "full", "length": 64, "width": 128, "density": 0.5, "accuracy": 1.0,
     ...         "low": 0.99, "high": 1.0}
     >>> print(table([cell], 128, "attention").splitlines()[-1])
-    | full   | 0.508         | 1                | 1.00 (0.99 to 1.00) |
+    | full   | 32.5       | 1                | 1.00 (0.99 to 1.00) |
     """
     mine = [c for c in cells if c["width"] == width]
     lengths = sorted({c["length"] for c in mine})
     rows = []
     for method in dict.fromkeys(c["method"] for c in mine):
         by_length = {c["length"]: c for c in mine if c["method"] == method}
-        # What a method sees is compared at one length.
-        rule = dense.rule_of(method)
-        density = dense.mask_of(rule, lengths[-1]).mean() if dense.is_static(rule) else "chosen"
-        row = {"method": method, f"density at {lengths[-1]}": density}
+        # What a method reads is compared at one length.
+        longest = lengths[-1]
+        row = {"method": method, f"keys of {longest}": keys_read(method, longest)}
         for length in lengths:
             seen, cell = in_sight(method, length, first_layer), by_length.get(length)
             row[f"in sight at T={length}"] = "chosen" if seen is None else seen
