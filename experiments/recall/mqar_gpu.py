@@ -99,17 +99,17 @@ def data_of(length: int, setting: Setting) -> dict[str, dict[str, np.ndarray]]:
     return data
 
 
-def in_sight(method: str, places: np.ndarray, first_layer: str) -> float | None:
+def in_sight(rule: Any, places: np.ndarray, first_layer: str) -> float | None:
     """The part of the questions at `places [..., pairs]` whose value the last layer sees.
 
     A convolution carries a pair to the token after its value as well; one head looks for pairs in
     one of the two places, and the one that shows more counts. None for a selector, which chooses.
 
     >>> places = np.array([[6, 20]])  # Values at 1 and 3; after the convolution also at 2 and 4.
-    >>> in_sight("window 16", places, "convolution"), in_sight("dilated", places, "attention")
+    >>> window, dilated = dense.rule_of("window 16"), dense.rule_of("dilated")
+    >>> in_sight(window, places, "convolution"), in_sight(dilated, places, "attention")
     (0.5, 0.0)
     """
-    rule = dense.rule_of(method)
     if not dense.is_static(rule):
         return None
     mask = dense.mask_of(rule, places.max() + 1)
@@ -234,15 +234,10 @@ def run_cell(cell: Cell, setting: Setting, data: Any, programs_of: Any) -> dict[
     visible = dense.mask_of(rule, cell.length)
     mask, rates = jnp.asarray(visible), jnp.asarray(RATES, jnp.float32)
     rows = np.stack([order_of(s, setting) for s in SEEDS], 1)
-    began, state, step, best, curve = (
-        time.perf_counter(),
-        start(jnp.arange(len(SEEDS))),
-        0,
-        None,
-        [],
-    )
+    began, step, best, curve = time.perf_counter(), 0, None, []
+    state = start(jnp.arange(len(SEEDS)))
+    known = in_sight(rule, np.asarray(data["test"]["places"]), setting.first_layer)
     # Two layers of attention hand on what the last one does not see.
-    known = in_sight(cell.method, np.asarray(data["test"]["places"]), setting.first_layer)
     known = 1.0 if known is None or setting.first_layer == "attention" else known
     every = max(setting.chunk, setting.steps // setting.evals // setting.chunk * setting.chunk)
     while step < setting.steps:

@@ -4,6 +4,7 @@ python -m experiments.recall.report [--results FOLDER]
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import sys
@@ -16,6 +17,7 @@ from experiments.kernels import bench
 from experiments.recall import dense, mqar_gpu
 from sparse_attn.data.synthetic import mqar
 from sparse_attn.masks import stats
+from sparse_attn.patterns import local
 from sparse_attn.viz import plots
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -31,9 +33,12 @@ def in_sight(method: str, length: int, first_layer: str, test: int = 3000) -> fl
     >>> in_sight("full", 64, "attention", test=10)
     1.0
     """
-    setting = mqar_gpu.Setting(train=1, test=test)
-    places = mqar_gpu.data_of(length, setting)["test"]["places"]
-    return mqar_gpu.in_sight(method, places, first_layer)
+    return mqar_gpu.in_sight(dense.rule_of(method), _places(length, test), first_layer)
+
+
+@functools.cache
+def _places(length, test):
+    return mqar_gpu.data_of(length, mqar_gpu.Setting(train=1, test=test))["test"]["places"]
 
 
 def keys_read(method: str, length: int) -> float:
@@ -54,7 +59,7 @@ def table(cells: Sequence[dict[str, Any]], width: int, first_layer: str) -> str:
     >>> cell = {"method": "full", "length": 64, "width": 128, "density": 0.5, "accuracy": 1.0,
     ...         "low": 0.99, "high": 1.0}
     >>> print(table([cell], 128, "attention").splitlines()[-1])
-    | full   | 32.5       | 1                | 1.00 (0.99 to 1.00) |
+    | full   | 0.508         | 32.5       | 1                | 1.00 (0.99 to 1.00) |
     """
     mine = [c for c in cells if c["width"] == width]
     lengths = sorted({c["length"] for c in mine})
@@ -63,7 +68,12 @@ def table(cells: Sequence[dict[str, Any]], width: int, first_layer: str) -> str:
         by_length = {c["length"]: c for c in mine if c["method"] == method}
         # What a method reads is compared at one length.
         longest = lengths[-1]
-        row = {"method": method, f"keys of {longest}": keys_read(method, longest)}
+        keys = keys_read(method, longest)
+        row = {
+            "method": method,
+            f"density at {longest}": keys / longest,
+            f"keys of {longest}": keys,
+        }
         for length in lengths:
             seen, cell = in_sight(method, length, first_layer), by_length.get(length)
             row[f"in sight at T={length}"] = "chosen" if seen is None else seen
@@ -82,9 +92,9 @@ def published(test: int = 1000) -> str:
     for length, pairs in MIX:
         task = mqar.Mqar(vocab_size=8192, length=length, num_pairs=pairs, power_a=0.01)
         places = task.batch(np.random.default_rng(0), test)["places"]
-        back = places - (2 * np.arange(pairs) + 1)  # From a question to its value.
         for window, shares in seen.items():
-            shares.append((back < window).mean())
+            rule = local.Local(window=window)
+            shares.append(mqar_gpu.in_sight(rule, places, "convolution"))
     rows = [
         {"window": w, "published": PUBLISHED[w], "in sight": float(np.mean(shares))}
         for w, shares in seen.items()
