@@ -6,12 +6,14 @@ import json
 import os
 import pathlib
 import platform
+import queue
 import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -122,18 +124,30 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([line(header), rule, *map(line, cells)])
 
 
-def in_shards(module: str, shards: int) -> list[dict[str, Any]]:
-    """Results of the processes `python -m module --shards N --shard i`, started together.
+def in_shards(module: str, shards: int) -> Iterator[dict[str, Any]]:
+    """Results of the processes `python -m module --shards N --shard i`, as they come.
 
-    Each prints its results by `shard_result`; lines of other kinds are left out.
+    The processes start together. Each prints its results by `shard_result`; lines of other kinds
+    are left out.
     """
     command = [sys.executable, "-m", module, f"--shards={shards}"]
-    started = [
-        subprocess.Popen([*command, f"--shard={i}"], stdout=subprocess.PIPE, text=True)
-        for i in range(shards)
-    ]
-    lines = [line for process in started for line in process.communicate()[0].splitlines()]
-    return [json.loads(line[len(_RESULT) :]) for line in lines if line.startswith(_RESULT)]
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def read(process):
+        for line in process.stdout:
+            lines.put(line)
+        lines.put(None)
+
+    for i in range(shards):
+        process = subprocess.Popen([*command, f"--shard={i}"], stdout=subprocess.PIPE, text=True)
+        threading.Thread(target=read, args=(process,), daemon=True).start()
+    left = shards
+    while left:
+        line = lines.get()
+        if line is None:
+            left -= 1
+        elif line.startswith(_RESULT):
+            yield json.loads(line[len(_RESULT) :])
 
 
 def shard_result(result: Mapping[str, Any]) -> None:

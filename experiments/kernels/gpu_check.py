@@ -235,7 +235,10 @@ def main() -> None:
                 result = {**dataclasses.asdict(check), "ok": False, "error": str(error)[:500]}
             bench.shard_result(result)
         return
-    results = bench.in_shards("experiments.kernels.gpu_check", options.shards)
+    results = []
+    for result in bench.in_shards("experiments.kernels.gpu_check", options.shards):
+        results.append(result)
+        print("ok  " if result["ok"] else "FAIL", f"{len(results)} of {len(checks())}", flush=True)
     name = bench.file_stem(jax.devices()[0].device_kind)
     bench.write(results, pathlib.Path(options.out) / f"gpu_check_{name}.json")
     bad = [r for r in results if not r["ok"]]

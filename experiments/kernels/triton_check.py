@@ -41,7 +41,10 @@ def main() -> None:
     if options.shard is not None:
         run(options.shard, options.shards)
         return
-    results = bench.in_shards("experiments.kernels.triton_check", options.shards)
+    results = []
+    for result in bench.in_shards("experiments.kernels.triton_check", options.shards):
+        print("ok  " if result["ok"] else "FAIL", result["case"], flush=True)
+        results.append(result)
     name = bench.file_stem(jax.devices()[0].device_kind)
     bench.write(results, pathlib.Path(options.out) / f"triton_check_{name}.json")
     from tests.ops import contract

@@ -255,14 +255,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.tiny or options.only:
         checks = TINY if options.tiny else [c for c in CHECKS if c.name in options.only]
-        results = [guarded(check) for check in checks]
+        found = map(guarded, checks)
     else:
         checks = CHECKS
-        results = bench.in_shards("experiments.selection.gpu_check", options.shards)
-    for result in results:
+        found = bench.in_shards("experiments.selection.gpu_check", options.shards)
+    results = []
+    for result in found:
         shown = {n: float(f"{e:.2g}") for n, e in result.get("errors", {}).items()}
         shown |= {n: result[n] for n in ("repeats_equal", "error") if n in result}
         print("ok  " if result["ok"] else "FAIL", result["name"], json.dumps(shown), flush=True)
+        results.append(result)
     name = bench.file_stem(jax.devices()[0].device_kind)
     bench.write(results, pathlib.Path(options.out) / f"gpu_check_{name}.json")
     print(f"{len(results)} of {len(checks)} checks ran")
