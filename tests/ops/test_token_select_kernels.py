@@ -110,6 +110,32 @@ def test_small_tiles_segments_and_steps(case, triton_gpu, monkeypatch):
     cases_lib.check(case, "triton_gpu")
 
 
+def test_dq_of_few_rows_is_flipped_on_hopper(triton_gpu):
+    """Its products have 64 rows at least: elsewhere the same tile is not flipped."""
+    case = cases_lib.Case("few_rows", 40, None, 6, 2, 2, 3, 32, 1, dtype=jnp.float16)
+    inputs = select_lib.validate(
+        *map(jnp.asarray, cases_lib.build(case)[:4]), 32, causal.Causal(), None, None
+    )
+    tile = triton_gpu.Tile(rows=32, keys=32, tiles=2, warps=4, stages=1)
+    assert not triton_gpu._flipped(inputs, tile)
+    with tiles.assume(tiles.Target("gpu", "NVIDIA H200", "9.0")):
+        assert triton_gpu._flipped(inputs, tile)
+        assert not triton_gpu._flipped(inputs, tile._replace(rows=64))
+        small = triton_gpu.Tiles(tile, tile, triton_gpu.Sum(128, 2, 1))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton_gpu, "_tiles", lambda inputs: small)
+            cases_lib.check(case, "triton_gpu")
+
+
+def test_hopper_takes_large_blocks_of_wide_heads(triton_gpu):
+    q = jnp.zeros((1, 300, 4, 256), jnp.bfloat16)
+    inputs = select_lib.validate(
+        q, q, q, jnp.zeros((1, 300, 4, 2), jnp.int32), 128, causal.Causal(), None, None
+    )
+    with tiles.assume(tiles.Target("gpu", "NVIDIA H200", "9.0")):
+        triton_gpu.check(inputs, None)
+
+
 def test_gradients_where_the_lists_depend_on_the_queries(triton_gpu):
     """The plan is no part of what is differentiated, though it comes from what is."""
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 40, 2, 16), jnp.float16)
@@ -208,8 +234,9 @@ CELLS = [
 def test_kernels_compile_for(cell, tmp_path):
     """As of the block kernels: the compiler takes them, and they fit the device."""
     reports = triton_compile.reports(cell, tmp_path)
-    plan = ["count", "sum", "place"]
-    names = [*plan, "forward", "merge", "backward", "merge", "sum", "sum"]
+    plan = ["once", "count", "sum", "tiles", "place"]
+    passes = ["segment", "forward", "merge", "segment", "backward", "merge", "sum", "sum"]
+    names = [*plan, *passes]
     assert [r["kernel"].removesuffix("_kernel") for r in reports] == names
     for report in reports:
         products = report["kernel"] in ("forward_kernel", "backward_kernel")

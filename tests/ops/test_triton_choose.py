@@ -81,6 +81,16 @@ def test_no_kernels_where_they_cannot_run():
             assert lists.kernels() is not None
 
 
+@pytest.mark.parametrize("count", [1, 9])
+def test_blocks_listed_again_or_missing_are_left_out(count):
+    selected = np.random.default_rng(0).integers(-2, 12, (2, 20, 2, count)).astype(np.int32)
+    got = in_kernels(lambda x: lists.kernels().once(x, 10), jnp.asarray(selected))
+    for row, mine in zip(selected.reshape(-1, count), got.reshape(-1, count), strict=True):
+        assert mine.tolist() == [
+            b if 0 <= b < 10 and b not in row[:i] else -1 for i, b in enumerate(row)
+        ]
+
+
 # --- Blocks by the weights of compressed keys -----------------------------------------------------
 
 # Batch, tokens, query and KV heads, head dimension; size and stride of compressed keys, block.
@@ -184,6 +194,23 @@ def test_scores_and_choice(shape, documents):
     )
 
 
+def test_best_of_many_blocks():
+    blocks = 1100
+    rng = np.random.default_rng(0)
+    scores = rng.standard_normal((1, 1, 3, 1, blocks)).astype(np.float32)
+    scores[0, 0, 1, 0, 5] = np.nan
+
+    def choose():
+        return lists.kernels().best_blocks(
+            jnp.asarray(scores), jnp.array([blocks - 3]), 4, block=1, initial=1, local=1
+        )
+
+    at = np.arange(blocks)
+    own = np.arange(blocks - 3, blocks)[:, None]
+    want = lists.best(jnp.asarray(scores[0, 0, :, 0]), 4, at <= own, (at == 0) | (at == own))
+    np.testing.assert_array_equal(in_kernels(choose)[0, :, 0], want)
+
+
 def test_choice_of_half_precision_in_chunks(monkeypatch):
     q, keys, lse, ids, strides, block = problem((2, 41, 6, 2, 16, 8, 4, 8), True, np.float16)
     monkeypatch.setitem(lists._AT_ONCE, "gpu", 800)
@@ -215,7 +242,11 @@ def test_shapes_that_the_scores_kernel_does_not_take():
 
 
 @pytest.mark.parametrize("documents", [False, True])
-def test_gate(documents):
+def test_gate(documents, monkeypatch):
+    # Three tiles of queries for two programs; or two parts of the row.
+    monkeypatch.setattr(lists, "_GATE_PREFIX", 20 if documents else 43)
+    monkeypatch.setattr(triton_choose, "_GATES", 1)
+    monkeypatch.setattr(triton_choose, "gate_tile", lambda _: triton_choose.Gate(16, 2, 4))
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.standard_normal((2, 43, n, 24)), jnp.float16) for n in (4, 2))
     # Scores that are all equal, infinite, and NaN.

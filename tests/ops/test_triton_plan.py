@@ -33,6 +33,18 @@ CASES = {
 }  # fmt: skip
 
 
+def assert_equal(got, want):
+    """The same plan, as far as kernels say it."""
+    assert got.place is None
+    assert got.block is None
+    np.testing.assert_array_equal(got.starts, want.starts)
+    np.testing.assert_array_equal(got.counts, want.counts)
+    assert got.entry.shape == want.entry.shape
+    tile = got.entry.shape[2] // want.block.shape[2]
+    used = np.repeat(np.asarray(want.block) < want.counts.shape[2], tile, axis=2)
+    np.testing.assert_array_equal(np.asarray(got.entry)[used], np.asarray(want.entry)[used])
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_plan_is_that_of_xla(name, monkeypatch):
     selected, tile, blocks, sizes = CASES[name]
@@ -41,8 +53,31 @@ def test_plan_is_that_of_xla(name, monkeypatch):
     want = plan_lib.plan(jnp.asarray(selected), tile=tile, blocks=blocks)
     with triton_shim.environment():
         got = triton_plan.plan(jnp.asarray(selected), tile=tile, blocks=blocks)
-    assert got.place is None
-    jax.tree.map(np.testing.assert_array_equal, got, want._replace(place=None))
+    assert_equal(got, want)
+
+
+@pytest.mark.parametrize("blocks, parts, most", [(7, 1, 5), (300, 2, 3), (129, 1, 1)], ids=str)
+def test_segments_are_the_tiles_of_each_block(blocks, parts, most):
+    selected = jnp.asarray(lists((2, 40, 2, 3), blocks))
+    tile = 4
+    plan = plan_lib.plan(selected, tile=tile, blocks=blocks)
+    with triton_shim.environment():
+        found = triton_plan.segments(plan, tile=tile, parts=parts, most=most)
+    work, starts, counts = map(np.asarray, found)
+    assert counts.min() == 0  # block 1
+    for b, u in np.ndindex(2, 2):
+        for block in range(blocks):
+            first, number = (np.asarray(x)[b, u, block] * parts for x in (plan.starts, plan.counts))
+            at = starts[b, u, block] + np.arange(counts[b, u, block])
+            pieces = work[b, u, at]
+            assert (pieces[:, 0] == block).all()
+            np.testing.assert_array_equal(pieces[:, 1], first + most * np.arange(at.size))
+            np.testing.assert_array_equal(pieces[:-1, 2], most)
+            assert pieces[:, 2].sum() == number
+        used = counts[b, u].sum()
+        assert (work[b, u, used:] == work[b, u, used:] * [1, 1, 0]).all()  # No tiles.
+        assert (work[b, u, used:, 0] == blocks).all()  # A block that does not exist.
+        assert used <= work.shape[2]
 
 
 def test_too_many_blocks_are_planned_by_xla():
@@ -50,7 +85,7 @@ def test_too_many_blocks_are_planned_by_xla():
     selected = jnp.asarray(lists((1, 9, 1, 2), blocks))
     want = plan_lib.plan(selected, tile=2, blocks=blocks)
     got = triton_plan.plan(selected, tile=2, blocks=blocks)  # Needs no Triton.
-    jax.tree.map(np.testing.assert_array_equal, got, want._replace(place=None))
+    assert_equal(got, want)
 
 
 def test_too_many_entries_are_refused():
@@ -71,4 +106,6 @@ def test_too_many_entries_are_refused():
 )
 def test_kernels_compile_for(cell, tmp_path):
     reports = triton_compile.reports({"plan": cell}, tmp_path)
-    assert [r["kernel"] for r in reports] == ["count_kernel", "sum_kernel", "place_kernel"]
+    assert [r["kernel"] for r in reports] == [
+        "count_kernel", "sum_kernel", "tiles_kernel", "place_kernel"
+    ]  # fmt: skip

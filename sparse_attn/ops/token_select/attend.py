@@ -77,7 +77,8 @@ def attend(
     (1, 40, 4, 8)
     """
     inputs = validate(q, k, v, selected, block, pattern, segment_ids, scale)
-    out, lse = _run(_choose(inputs, impl, kernel), inputs, kernel)
+    backend = _choose(inputs, impl, kernel)
+    out, lse = _run(backend, _listed_once(backend, inputs), kernel)
     return (out, lse) if return_lse else out
 
 
@@ -100,7 +101,7 @@ def backend_of(impl: str | None) -> dict[str, str | None]:
 
 
 def validate(q, k, v, selected, block, pattern, segment_ids, scale) -> inputs_lib.Inputs:
-    """The arguments of `attend` in the form that backends take.
+    """The arguments of `attend` in the form that backends take, but for blocks listed again.
 
     Raises:
       ValueError: as in `attend`.
@@ -137,11 +138,18 @@ def validate(q, k, v, selected, block, pattern, segment_ids, scale) -> inputs_li
         # Whatever padding holds, 0 * nan is nan.
         q = jnp.where((q_ids != 0)[..., None, None], q, 0)
         k, v = (jnp.where((kv_ids != 0)[..., None, None], x, 0) for x in (k, v))
-    blocks = -(-k.shape[1] // block)
     return inputs_lib.Inputs(
-        q, k, v, _once(selected.astype(jnp.int32), blocks), q_ids, kv_ids, pattern, block,
-        checked.scale,
-    )  # fmt: skip
+        q, k, v, selected.astype(jnp.int32), q_ids, kv_ids, pattern, block, checked.scale
+    )
+
+
+def _listed_once(backend, inputs):
+    """Inputs whose lists have no repetitions and missing blocks, by the backend's kernel if any."""
+    once = getattr(backend, "once", _once)
+    if inputs.selected.shape[-1] > _COMPARED:
+        once = _once
+    blocks = -(-inputs.k.shape[1] // inputs.block)
+    return inputs._replace(selected=once(inputs.selected, blocks))
 
 
 def _once(selected, blocks):

@@ -1,4 +1,5 @@
-"""Triton kernels that choose blocks: the largest of rows, NSA's scores, the gate of MoBA.
+"""Triton kernels that choose blocks: the largest of rows, NSA's scores, the gate of MoBA; and one
+that takes repeated blocks out of lists.
 
 Chosen are the largest of a row one after the other, in registers: numbers are read once, however
 many are taken. As integers that sort like the floats, a warp compares them in one instruction.
@@ -59,6 +60,36 @@ def _take(x, out, valid, COUNT: tl.constexpr):
 
 @triton.jit
 @typing.no_type_check
+def _take_keyed(scores, candidate, forced, out, valid, COUNT: tl.constexpr, FORCED: tl.constexpr):
+    """As `_take` of `_ranked`, for few numbers a row: they and their places are one integer.
+
+    The lowest bits of a score make room for its place, of equals the first: it counts with 15 bits
+    after the first for 256 numbers, 14 for 512, where queries and keys in half precision have 7 or
+    10. A pass then costs half, as it carries no places.
+    """
+    LEAST: tl.constexpr = -3.4028234663852886e38
+    NOTHING: tl.constexpr = -2147483648
+    ROWS: tl.constexpr = scores.shape[0]
+    WIDTH: tl.constexpr = scores.shape[1]
+    # Of NaN and a number, `maximum` is the number.
+    x = _sortable(tl.minimum(tl.maximum(scores, LEAST), -LEAST))
+    if FORCED:
+        x = tl.where(forced, 0x7F800000, x)  # _sortable(inf)
+    x = (x & -WIDTH) | (tl.arange(0, WIDTH)[None, :] ^ (WIDTH - 1))
+    x = tl.where(candidate, x, NOTHING)
+    first, second = tl.split(tl.reshape(x, [ROWS, WIDTH // 2, 2]))
+    large, small = tl.maximum(first, second), tl.minimum(first, second)
+    for i in range(COUNT):
+        top = tl.max(large, 1)
+        place = (top & (WIDTH - 1)) ^ (WIDTH - 1)
+        tl.store(out + i, tl.where(top == NOTHING, -1, place), mask=valid)
+        taken = large == top[:, None]
+        large = tl.where(taken, small, large)
+        small = tl.where(taken, NOTHING, small)
+
+
+@triton.jit
+@typing.no_type_check
 def largest_kernel(
     key, rows, width, out, COUNT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
@@ -68,6 +99,21 @@ def largest_kernel(
     inside = (row < rows)[:, None] & (at < width)[None, :]
     x = tl.load(key + row[:, None] * width + at[None, :], mask=inside, other=float("-inf"))
     _take(_sortable(x), out + row * COUNT, row < rows, COUNT)
+
+
+@triton.jit
+@typing.no_type_check
+def once_kernel(selected, numbers, blocks, out, PLACES: tl.constexpr, SIZE: tl.constexpr):
+    """`selected [lists, PLACES]` with -1 for what stands before in its list, or is no block."""
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = at < numbers
+    place = at % PLACES
+    block = tl.load(selected + at, mask=inside, other=-1)
+    kept = (block >= 0) & (block < blocks)
+    for back in tl.static_range(1, PLACES):
+        other = tl.load(selected + at - back, mask=inside & (place >= back), other=-1)
+        kept = kept & (other != block)
+    tl.store(out + at, tl.where(kept, block, -1), mask=inside)
 
 
 @triton.jit
@@ -100,8 +146,7 @@ def blocks_kernel(
         part = ((entry * OVERLAPS + reach).to(tl.int64) * each + within) * blocks - reach
         there = candidate & (at >= reach)[None, :]
         scores += tl.load(parts + part[:, None] + at[None, :], mask=there, other=0.0)
-    x = _ranked(scores, candidate, forced)
-    _take(x, out + row.to(tl.int64) * COUNT, valid, COUNT)
+    _take(_ranked(scores, candidate, forced), out + row.to(tl.int64) * COUNT, valid, COUNT)
 
 
 @triton.jit
@@ -186,42 +231,46 @@ def gate_kernel(
     q, means, ids, low, high, start, length, chunk, blocks, num_means, out,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, H: tl.constexpr, HP: tl.constexpr,
     BLOCK: tl.constexpr, IDS: tl.constexpr, COUNT: tl.constexpr, QUERIES: tl.constexpr,
-    WIDTH: tl.constexpr,
+    TILES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The own block and those before it with the best `q . mean`: `[B, chunk, N, COUNT]`.
 
-    [arXiv:2502.13189, eq. 5 to 7] With ids only blocks whose range of ids holds the query's.
+    [arXiv:2502.13189, eq. 5 to 7] With ids only blocks whose range of ids holds the query's. A
+    program keeps the means of a head for TILES tiles of queries, one after the other.
     """
     tiles = (chunk + QUERIES - 1) // QUERIES
-    head, tile = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
-    batch = (tile // tiles).to(tl.int64)
-    within = tile % tiles * QUERIES + tl.arange(0, QUERIES)
-    position = tl.load(start) + within
-    real = (within < chunk) & (position < length)
+    programs = (tiles + TILES - 1) // TILES
+    head, program = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
+    batch = (program // programs).to(tl.int64)
+    first = program % programs * TILES
     dim, at = tl.arange(0, HP), tl.arange(0, WIDTH)
-    row = (batch * length + position) * HEADS + head
-    query = tl.load(
-        q + row[:, None] * H + dim[None, :], mask=real[:, None] & (dim < H)[None, :], other=0.0
-    )
     mean_row = (batch * num_means + at) * KV_HEADS + head // (HEADS // KV_HEADS)
     there = (at < blocks)[:, None] & (dim < H)[None, :]
     mean = tl.load(means + mean_row[:, None] * H + dim[None, :], mask=there, other=0.0)
-    scores = tl.dot(query, tl.trans(mean), input_precision="ieee")
-    own = position // BLOCK
     if IDS:
-        candidate = (at[None, :] <= own[:, None]) & (at < blocks)[None, :]
-        token = batch * length + position
-        mine = tl.load(ids + token, mask=real, other=0)[:, None]
         block = batch * num_means + at
         least = tl.load(low + block, mask=at < blocks, other=0)[None, :]
         most = tl.load(high + block, mask=at < blocks, other=0)[None, :]
-        candidate = candidate & (least <= mine) & (mine <= most)
-    out += ((batch * chunk + within) * HEADS + head) * COUNT
-    if IDS:
-        x = _ranked(scores, candidate, at[None, :] == own[:, None])
-        _take(x, out, within < chunk, COUNT)
-    else:
-        # It needs no pass: it is in every list.
-        tl.store(out, own, mask=within < chunk)
-        x = _ranked(scores, at[None, :] < own[:, None], False)
-        _take(x, out + 1, within < chunk, COUNT - 1)
+    begin = tl.load(start)
+    for tile in range(first, tl.minimum(first + TILES, tiles)):
+        within = tile * QUERIES + tl.arange(0, QUERIES)
+        position = begin + within
+        real = (within < chunk) & (position < length)
+        row = (batch * length + position) * HEADS + head
+        query = tl.load(
+            q + row[:, None] * H + dim[None, :], mask=real[:, None] & (dim < H)[None, :], other=0.0
+        )
+        scores = tl.dot(query, tl.trans(mean), input_precision="ieee")
+        own = position // BLOCK
+        to = out + ((batch * chunk + within) * HEADS + head) * COUNT
+        if IDS:
+            candidate = (at[None, :] <= own[:, None]) & (at < blocks)[None, :]
+            mine = tl.load(ids + batch * length + position, mask=real, other=0)[:, None]
+            candidate = candidate & (least <= mine) & (mine <= most)
+            forced = at[None, :] == own[:, None]
+            _take_keyed(scores, candidate, forced, to, within < chunk, COUNT, True)
+        else:
+            # It needs no pass: it is in every list.
+            tl.store(to, own, mask=within < chunk)
+            before = at[None, :] < own[:, None]
+            _take_keyed(scores, before, before, to + 1, within < chunk, COUNT - 1, False)

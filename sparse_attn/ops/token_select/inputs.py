@@ -56,7 +56,8 @@ class Backend(Protocol):
     """The functions of a backend module; one without `backward` is differentiated by JAX.
 
     One with `backward` may have `plan(inputs, kernel)`: what depends on integers alone, computed
-    once for both passes, which find it in their inputs.
+    once for both passes, which find it in their inputs. One may have `once(selected, blocks)`: a
+    kernel that takes blocks listed again, or missing, out of short lists.
     """
 
     def check(self, inputs: Inputs, kernel: str | None) -> None:

@@ -15,8 +15,9 @@ from sparse_attn.ops import scoring, tiles
 
 # Numbers in the largest array of a step.
 _AT_ONCE = {"cpu": 1 << 22, "gpu": 1 << 28, "tpu": 1 << 26}
-# Queries in a part that sees one prefix of the keys, at least; and how many parts, at most.
-_PREFIX, _PARTS = 2048, 8
+# Queries in a part that sees one prefix of the keys, at least; and how many parts, at most. Rows of
+# the gate's kernel have a power of two numbers: more parts save little, and each starts anew.
+_PREFIX, _PARTS, _GATE_PREFIX = 2048, 8, 1 << 14
 _LEAST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -49,6 +50,7 @@ def by_prefix(
     *,
     count: int,
     elements: Callable[[int], int],
+    least: int | None = None,
 ) -> Shaped[Array, "B T U m"]:
     """Lists `f(end, positions, arrays)` of a causal choice, which needs keys before `end` alone.
 
@@ -58,13 +60,14 @@ def by_prefix(
     Args:
       count: places of a list; `f` may give fewer, the rest is -1.
       elements: numbers per query in the largest array, by `end`.
+      least: queries in a part, if the row has as many; default: `_PREFIX`.
 
     >>> by_prefix(lambda end, at, x: jnp.full((1, at.size, 1, 1), end), jnp.zeros((1, 3)), count=2,
     ...           elements=lambda end: end)[0, 0, 0].tolist()
     [3, -1]
     """
     length = jax.tree.leaves(arrays)[0].shape[1]
-    parts = max(1, min(_PARTS, length // _PREFIX))
+    parts = max(1, min(_PARTS, length // (least or _PREFIX)))
     bounds = [length * i // parts for i in range(parts + 1)]
     found = []
     for start, end in itertools.pairwise(bounds):
@@ -79,6 +82,8 @@ def by_prefix(
 
 def kernels() -> types.ModuleType | None:
     """The module of GPU kernels for choices, or None where XLA chooses: to the same result.
+
+    But for scores of half-precision queries and keys that differ in their last bits alone.
 
     >>> with tiles.assume(tiles.Target("tpu", "TPU v5 lite")):
     ...     print(kernels())
@@ -180,5 +185,7 @@ def by_mean_key(
     heads, gpu = q.shape[0] * q.shape[2], kernels()
     if gpu is not None and gpu.takes_gate(q, blocks, top_k + 1):
         # Scores stay in registers, and q as it lies: pieces would be copies.
-        return by_prefix(choose_by_kernel, ids, count=top_k + 1, elements=lambda end: heads)
+        return by_prefix(
+            choose_by_kernel, ids, count=top_k + 1, elements=lambda end: heads, least=_GATE_PREFIX
+        )
     return by_prefix(choose, (q, ids), count=top_k + 1, elements=lambda end: heads * seen(end))

@@ -28,10 +28,11 @@ class Plan(NamedTuple):
 
     Attributes:
       entry: `[B, U, tiles * tile]`, the entry of each place as `t * n + i`; T * n for padding.
-      place: `[B, U, T, n]`, the place of each entry; past the end where nothing is listed. None
-        from kernels that do not say.
+      place: `[B, U, T, n]`, the place of each entry; past the end where nothing is listed.
       starts, counts: `[B, U, blocks]`, the tiles of each block.
       block: `[B, U, tiles]`, the block of each tile; `blocks` for tiles without entries.
+
+    Kernels say neither `place` nor `block` (None), nor what is in tiles of no block.
     """
 
     entry: Any
@@ -39,20 +40,6 @@ class Plan(NamedTuple):
     starts: Any
     counts: Any
     block: Any
-
-
-class Segments(NamedTuple):
-    """Consecutive tiles of one block, a few at a time: all int32, for each batch entry and table.
-
-    Attributes:
-      work: `[B, U, segments, 3]`, the block, the first tile and the number of tiles of each; no
-        tiles where there is nothing left.
-      starts, counts: `[B, U, blocks]`, the segments of each block.
-    """
-
-    work: Any
-    starts: Any
-    counts: Any
 
 
 def most_tiles(entries: int, *, tile: int, blocks: int) -> int:
@@ -103,7 +90,9 @@ def plan(selected: Int[Array, "B T U n"], *, tile: int, blocks: int) -> Plan:
     def one(selected):
         key = jnp.where(selected < 0, blocks, selected).ravel()
         number, totals = _numbered(key, blocks)
-        starts, counts, owner = tiles_of(totals, tile, num_tiles)
+        counts = -(-totals // tile)
+        ends = jnp.cumsum(counts)
+        starts, owner = ends - counts, _owners(ends, num_tiles)
         listed = key < blocks
         index = jnp.arange(entries, dtype=jnp.int32)
         # Nothing is listed: past the end, and unique as well.
@@ -130,52 +119,6 @@ def checked_tiles(entries: int, *, tile: int, blocks: int) -> int:
             " queries at a time"
         )
     return num_tiles
-
-
-def tiles_of(totals: Int[Array, "*B m"], tile: int, num_tiles: int) -> tuple[Array, Array, Array]:
-    """First tile and number of tiles of blocks with `totals` entries, and the block of each tile.
-
-    >>> [x.tolist() for x in tiles_of(jnp.array([1, 0, 5]), 4, 4)]
-    [[0, 1, 1], [1, 0, 2], [0, 2, 2, 3]]
-    """
-    counts = -(-totals // tile)
-    ends = jnp.cumsum(counts, axis=-1)
-    owners = jnp.vectorize(lambda ends: _owners(ends, num_tiles), signature="(m)->(t)")
-    return ends - counts, counts, owners(ends)
-
-
-def divided(plan: Plan, tile: int) -> Plan:
-    """The same places in tiles of `tile` entries, which divide those of `plan`.
-
-    >>> found = plan(jnp.array([1, 0, 1, 1]).reshape(1, 4, 1, 1), tile=2, blocks=2)
-    >>> found.block.ravel().tolist(), divided(found, 1).block.ravel().tolist()
-    ([0, 1, 1, 2], [0, 0, 1, 1, 1, 1, 2, 2])
-    """
-    parts = plan.entry.shape[-1] // (plan.block.shape[-1] * tile)
-    return plan._replace(
-        starts=plan.starts * parts, counts=plan.counts * parts,
-        block=jnp.repeat(plan.block, parts, axis=-1),
-    )  # fmt: skip
-
-
-@tiles.one_program
-def segments(plan: Plan, most: int) -> Segments:
-    """The tiles of each block in segments of at most `most`.
-
-    Their number is bound by the lists' sizes: full ones, and one of each block that is not full.
-    """
-    blocks, num_tiles = plan.counts.shape[-1], plan.block.shape[-1]
-
-    def one(starts, counts):
-        each = -(-counts // most)
-        ends = jnp.cumsum(each)
-        block = _owners(ends, num_tiles // most + blocks)
-        at = jnp.minimum(block, blocks - 1)
-        before = (jnp.arange(block.size, dtype=jnp.int32) - (ends - each)[at]) * most
-        number = jnp.where(block < blocks, jnp.minimum(counts[at] - before, most), 0)
-        return Segments(jnp.stack([block, starts[at] + before, number], -1), ends - each, each)
-
-    return jax.vmap(jax.vmap(one))(plan.starts, plan.counts)
 
 
 def _owners(ends, size):

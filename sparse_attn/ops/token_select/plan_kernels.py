@@ -1,4 +1,5 @@
-"""Triton kernels that put entries of lists in order of blocks, in whole tiles: as `plan.py` says.
+"""Triton kernels that put entries of lists in order of blocks, in whole tiles: as `plan.py` says,
+and divide the tiles of each block among programs.
 
 A program has a chunk of entries. It counts them by block; when the counts of all chunks are added
 up, it knows its first place of each block and writes its entries there. Inside a chunk, 32 entries
@@ -107,19 +108,79 @@ def sum_kernel(
 
 @triton.jit
 @typing.no_type_check
-def place_kernel(
-    selected, before, totals, starts, owner, length, num_chunks, num_blocks, num_tiles, entries,
-    TABLES: tl.constexpr, PLACES: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    """The entry of each place `[B, U, tiles * TILE]`, T * n for padding.
+def tiles_kernel(totals, num_blocks, starts, counts, TILE: tl.constexpr, BLOCKS: tl.constexpr):
+    """First tile and number of tiles of each block with `totals [B, U, blocks]` entries.
 
-    `starts [B, U, blocks]` are first tiles, `owner [B, U, tiles]` the block of each, or num_blocks.
-    BITS are those of num_blocks.
+    A program has one table, and BLOCKS blocks at a time.
+    """
+    row = tl.program_id(0).to(tl.int64) * num_blocks
+    before = 0
+    for first in range(0, num_blocks, BLOCKS):
+        block = first + tl.arange(0, BLOCKS)
+        inside = block < num_blocks
+        total = tl.load(totals + row + block, mask=inside, other=0)
+        count = (total + (TILE - 1)) // TILE
+        tl.store(starts + row + block, before + tl.cumsum(count, 0) - count, mask=inside)
+        tl.store(counts + row + block, count, mask=inside)
+        before += tl.sum(count, 0)
+
+
+@triton.jit
+@typing.no_type_check
+def segment_kernel(
+    starts, counts, num_blocks, num_segments, work, first, number,
+    PARTS: tl.constexpr, MOST: tl.constexpr, SEGMENTS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Tiles of each block in segments of at most MOST: see `triton_plan.Segments`.
+
+    A tile of `starts` and `counts` is PARTS tiles here. A program finds the blocks of SEGMENTS
+    segments, and looks at BLOCKS blocks at a time.
+    """
+    parts = (num_segments + SEGMENTS - 1) // SEGMENTS
+    table, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
+    segment = part * SEGMENTS + tl.arange(0, SEGMENTS)
+    row = table * num_blocks
+    block = tl.zeros([SEGMENTS], tl.int32)  # How many end before the segment,
+    begin = tl.zeros([SEGMENTS], tl.int32)  # and where the last of them does.
+    total = 0
+    for low in range(0, num_blocks, BLOCKS):
+        at = low + tl.arange(0, BLOCKS)
+        inside = at < num_blocks
+        count = tl.load(counts + row + at, mask=inside, other=0) * PARTS
+        each = (count + (MOST - 1)) // MOST
+        ends = total + tl.cumsum(each, 0)
+        if part == 0:
+            tl.store(first + row + at, ends - each, mask=inside)
+            tl.store(number + row + at, each, mask=inside)
+        past = inside[None, :] & (ends[None, :] <= segment[:, None])
+        block += tl.sum(past.to(tl.int32), 1)
+        begin = tl.maximum(begin, tl.max(tl.where(past, ends[None, :], 0), 1))
+        total += tl.sum(each, 0)
+    used = segment < total
+    before = (segment - begin) * MOST
+    start = tl.load(starts + row + block, mask=used, other=0) * PARTS
+    count = tl.load(counts + row + block, mask=used, other=0) * PARTS
+    work += (table * num_segments + segment) * 3
+    valid = segment < num_segments
+    tl.store(work, block, mask=valid)
+    tl.store(work + 1, start + before, mask=valid)
+    tl.store(work + 2, tl.where(used, tl.minimum(count - before, MOST), 0), mask=valid)
+
+
+@triton.jit
+@typing.no_type_check
+def place_kernel(
+    selected, before, totals, starts, length, num_chunks, num_blocks, num_tiles, entries,
+    TABLES: tl.constexpr, PLACES: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr,
+    TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The entry of each place `[B, U, tiles * TILE]`, T * n for padding of a block's last tile.
+
+    `starts [B, U, blocks]` are first tiles; BITS are those of num_blocks; WIDTH >= TILE. Tiles
+    after those of the last block are left as they are.
     """
     batch, table, chunk = _program(num_chunks, TABLES)
-    at = tl.arange(0, CHUNK)
-    entry = chunk * CHUNK + at
+    entry = chunk * CHUNK + tl.arange(0, CHUNK)
     block = _blocks(selected, entry, batch, table, length, TABLES, PLACES)
     # Of entries that list nothing all bits are set, and no block is as large.
     number = _equals_before(block, CHUNK, BITS)
@@ -127,22 +188,17 @@ def place_kernel(
     before += (row * num_chunks + chunk) * num_blocks
     totals += row * num_blocks
     starts += row * num_blocks
-    owner += row * num_tiles
     entries += row * num_tiles * TILE
     listed = block >= 0
     place = tl.load(starts + block, mask=listed, other=0) * TILE + number
     place += tl.load(before + block, mask=listed, other=0)
     tl.store(entries + place, entry, mask=listed)
-    # Padding: each program looks through its share of the places.
-    size = num_tiles * TILE
-    share = (size + num_chunks - 1) // num_chunks
-    last = tl.minimum((chunk + 1) * share, size)
-    for first in range(chunk * share, last, CHUNK):
-        place = first + at
-        inside = place < last
-        mine = tl.load(owner + place // TILE, mask=inside, other=num_blocks)
-        used = mine < num_blocks
-        end = tl.load(starts + mine, mask=used, other=0) * TILE
-        end += tl.load(totals + mine, mask=used, other=0)
-        nothing = tl.full([CHUNK], 0, tl.int32) + length * PLACES
-        tl.store(entries + place, nothing, mask=inside & (place >= end))
+    # Padding: each program has its share of the blocks, BLOCKS at a time.
+    at = tl.arange(0, WIDTH)[None, :]
+    nothing = tl.full([BLOCKS, WIDTH], 0, tl.int32) + length * PLACES
+    for first in range(chunk * BLOCKS, num_blocks, num_chunks * BLOCKS):
+        other = first + tl.arange(0, BLOCKS)
+        total = tl.load(totals + other, mask=other < num_blocks, other=0)
+        end = tl.load(starts + other, mask=other < num_blocks, other=0) * TILE + total
+        missing = (TILE - total % TILE) % TILE
+        tl.store(entries + end[:, None] + at, nothing, mask=at < missing[:, None])

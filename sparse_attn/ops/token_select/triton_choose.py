@@ -22,6 +22,7 @@ _MOST_MEANS = 512  # with a tile of queries, whose scores stay in registers
 _MOST_HEADS = 128  # of a KV head
 _MOST_PER_BLOCK = 128  # strides
 _MAX_HEAD_DIM = 256
+_GATES = 1024  # programs, at least, where there is so much to do
 
 
 class Rows(NamedTuple):
@@ -41,9 +42,10 @@ class Tile(NamedTuple):
 
 
 class Gate(NamedTuple):
-    """Queries per tile of the gate of MoBA, and its warps."""
+    """The gate of MoBA: queries per tile, tiles of a program at most, its warps."""
 
     queries: int
+    tiles: int
     warps: int
 
 
@@ -72,7 +74,7 @@ def scores_tile(dtype: Any, head_dim: int) -> Tile:
 
 def gate_tile(width: int) -> Gate:
     """For MoBA's gate over `width` blocks, a power of two; 128 scores in registers of a thread."""
-    return Gate(queries=64, warps=8 if width > 256 else 4)
+    return Gate(queries=64, tiles=8, warps=8 if width > 256 else 4)
 
 
 def takes_rows(count: int, width: int) -> bool:
@@ -97,7 +99,7 @@ def takes_scores(q: Array, keys: Array, strides: Any, block: int, top_k: int) ->
 def takes_gate(q: Array, blocks: int, count: int) -> bool:
     """Whether `gate` runs on these shapes; float32 products have no matrix unit."""
     padded = triton_gpu._padded(blocks)
-    operands = (gate_tile(padded).queries + padded) * triton_gpu._padded(q.shape[3]) * 2
+    operands = (2 * gate_tile(padded).queries + padded) * triton_gpu._padded(q.shape[3]) * 2
     return (
         count <= _MOST_TAKEN
         and blocks <= _MOST_MEANS
@@ -143,6 +145,22 @@ def largest(key: Float[Array, "*B n"], count: int) -> Int[Array, "*B m"]:
         return out
 
     return _over_batch(call, jnp.zeros(1, jnp.int32), key.reshape(-1, width)).reshape(*lead, count)
+
+
+def once(selected: Int[Array, "B T U n"], blocks: int) -> Int[Array, "B T U n"]:
+    """Lists with -1 for what is no block below `blocks`, or stands before in its list."""
+    size = 1024
+
+    def call(_, selected):
+        (out,) = triton_gpu.jax_triton().triton_call(
+            selected, selected.size, blocks, kernel=choose_kernels.once_kernel,
+            out_shape=(jax.ShapeDtypeStruct(selected.shape, jnp.int32),),
+            grid=(-(-selected.size // size),), num_warps=4, num_stages=1,
+            PLACES=selected.shape[-1], SIZE=size,
+        )  # fmt: skip
+        return out
+
+    return _over_batch(call, jnp.zeros(1, jnp.int32), selected)
 
 
 def block_scores(
@@ -267,6 +285,9 @@ def gate(
     heads, kv_heads, dim = q.shape[2], means.shape[2], q.shape[3]
     padded = triton_gpu._padded(blocks)
     tile = gate_tile(padded)
+    # A program of several tiles loads the means once; but all processors should have some.
+    total = -(-chunk // tile.queries)
+    each = max(1, min(tile.tiles, total * heads * q.shape[0] // _GATES))
 
     def call(start, q, means, *documents):
         documents = documents or (jnp.zeros(1, jnp.int32),) * 3
@@ -274,9 +295,10 @@ def gate(
             q, means, *documents, start, q.shape[1], chunk, blocks, means.shape[1],
             kernel=choose_kernels.gate_kernel,
             out_shape=(jax.ShapeDtypeStruct((q.shape[0], chunk, heads, count), jnp.int32),),
-            grid=(q.shape[0] * -(-chunk // tile.queries) * heads,), num_warps=tile.warps,
-            num_stages=1, HEADS=heads, KV_HEADS=kv_heads, H=dim, HP=triton_gpu._padded(dim),
-            BLOCK=block, IDS=has_documents, COUNT=count, QUERIES=tile.queries, WIDTH=padded,
+            grid=(q.shape[0] * -(-total // each) * heads,),
+            num_warps=tile.warps, num_stages=2, HEADS=heads, KV_HEADS=kv_heads, H=dim,
+            HP=triton_gpu._padded(dim), BLOCK=block, IDS=has_documents, COUNT=count,
+            QUERIES=tile.queries, TILES=each, WIDTH=padded,
         )  # fmt: skip
         return out
 

@@ -19,7 +19,7 @@ from sparse_attn.ops.block_sparse import triton_gpu as blocks_lib
 from sparse_attn.ops.block_sparse import triton_rules
 from sparse_attn.ops.token_select import inputs as inputs_lib
 from sparse_attn.ops.token_select import plan as plan_lib
-from sparse_attn.ops.token_select import triton_kernels, triton_plan
+from sparse_attn.ops.token_select import triton_choose, triton_kernels, triton_plan
 from sparse_attn.patterns import causal
 
 _LOG2E = 1.4426950408889634
@@ -117,9 +117,9 @@ def _preferred(inputs) -> tuple[Tile, Tile]:
     if widest * inputs.block <= 64 * 64:
         return Tile(128, 64, 4, 4, 2), Tile(64, _MAX_BLOCK, 32, 4, 2)
     if widest * inputs.block <= 128 * 64:
-        return Tile(64, 64, 16, 4, 2), Tile(32, _MAX_BLOCK, 128, 4, 2)
+        return Tile(64, 64, 16, 4, 2), Tile(32, _MAX_BLOCK, 256, 4, 3)
     if widest <= 128:
-        return Tile(64, 128, 16, 4, 3), Tile(64, _MAX_BLOCK, 32, 8, 2)
+        return Tile(64, 128, 32, 4, 3), Tile(64, _MAX_BLOCK, 32, 8, 2)
     return Tile(64, 64, 4, 8, 2), Tile(32, _MAX_BLOCK, 32, 8, 2)
 
 
@@ -137,6 +137,19 @@ def _forward_bytes(inputs, tile: Tile) -> int:
     keys = block if block <= tile.keys else tile.keys * tile.stages
     numbers = tile.rows * tile.stages * h + (h + hv) * keys + tile.rows * hv
     return numbers * inputs.q.dtype.itemsize + _SMALL_THINGS
+
+
+def _flipped(inputs, tile: Tile) -> bool:
+    """Whether few rows are the columns of the product for dq: Hopper's have 64 rows at least.
+
+    Keys then lie in shared memory the other way round too, which must fit.
+    """
+    if not tiles.target().compute_capability.startswith("9.") or tile.rows >= 64:
+        return False
+    h, block = (blocks_lib._padded(n) for n in (inputs.q.shape[3], inputs.block))
+    more = block * h * inputs.q.dtype.itemsize
+    fits = _backward_bytes(inputs, tile) + more <= blocks_lib.shared_bytes()
+    return fits and inputs.q.dtype != jnp.float32
 
 
 def _backward_bytes(inputs, tile: Tile) -> int:
@@ -169,11 +182,14 @@ def _steps(inputs):
 def _over(inputs, step, dtype):
     """The last result of `step(before, selected, plan, dtype)`; those in between are float32."""
     each = (_steps(inputs), inputs.plan)
-    first, rest = (jax.tree.map(lambda x, at=at: x[at], each) for at in (0, slice(1, None)))
+    first, rest, last = (jax.tree.map(lambda x, at=at: x[at], each) for at in (0, slice(1, -1), -1))
     if each[0].shape[0] == 1:
-        return step(None, *first, dtype)
-    start = step(None, *first, jnp.float32)
-    return jax.lax.scan(lambda before, x: (step(before, *x, jnp.float32), None), start, rest)[0]
+        return step(None, *last, dtype)
+    # Only what is carried on is float32: of the last step it would be written to be rounded.
+    found = step(None, *first, jnp.float32)
+    if each[0].shape[0] > 2:
+        found = jax.lax.scan(lambda found, x: (step(found, *x, jnp.float32), None), found, rest)[0]
+    return step(found, *last, dtype)
 
 
 def _entries(inputs, tile: Tile) -> int:
@@ -181,28 +197,40 @@ def _entries(inputs, tile: Tile) -> int:
     return tile.rows // tiles.power_of_two(inputs.sizes[1])
 
 
+def once(selected: Any, blocks: int) -> Any:
+    """Lists without repetitions and blocks that there are not, -1 instead."""
+    return triton_choose.once(selected, blocks)
+
+
+def _planned(inputs) -> int:
+    """Entries of a tile of the plan."""
+    chosen = _tiles(inputs)
+    return max(_entries(inputs, chosen.forward), _entries(inputs, chosen.backward))
+
+
 def plan(inputs: inputs_lib.Inputs, kernel: str | None = None) -> plan_lib.Plan:
     """The plan of each step, for both passes: in the larger tiles; the smaller ones divide them."""
     del kernel
-    chosen, inputs = _tiles(inputs), _halved(inputs)
-    size = max(_entries(inputs, chosen.forward), _entries(inputs, chosen.backward))
-    blocks = -(-inputs.k.shape[1] // inputs.block)
+    inputs = _halved(inputs)
+    size, blocks = _planned(inputs), -(-inputs.k.shape[1] // inputs.block)
     return jax.lax.map(
         lambda selected: triton_plan.plan(selected, tile=size, blocks=blocks), _steps(inputs)
     )
 
 
-def _launch(kernel, inputs, selected, plan, tile: Tile, keys: int, arrays, outputs) -> tuple:
+def _launch(
+    kernel, inputs, selected, plan, tile: Tile, keys: int, arrays, outputs, **constants
+) -> tuple:
     """Calls a kernel over the segments of the step; also gives the segments.
 
-    `outputs` makes the shapes of its results from the number of segments.
+    `outputs` makes the shapes of its results from the number of segments; `constants` are the
+    kernel's own.
     """
     tables, group, _ = inputs.sizes
     batch, q_len, heads, width = inputs.q.shape
     kv_len, kv_heads, v_width = inputs.v.shape[1:]
-    size = _entries(inputs, tile)
-    plan = plan_lib.divided(plan, size)
-    segments = plan_lib.segments(plan, tile.tiles)
+    size, planned = _entries(inputs, tile), _planned(inputs)
+    segments = triton_plan.segments(plan, tile=planned, parts=planned // size, most=tile.tiles)
     count = segments.work.shape[2]
     absent = jnp.zeros((1,), jnp.int32)
     ids = [absent if x is None else x for x in (inputs.q_segment_ids, inputs.kv_segment_ids)]
@@ -216,6 +244,7 @@ def _launch(kernel, inputs, selected, plan, tile: Tile, keys: int, arrays, outpu
         SCALE=inputs.scale, RULE=_rule(inputs), IDS=ids[0] is not absent,
         # Of other patterns it is not known which tiles see a block whole.
         CAUSAL=inputs.pattern == causal.Causal() and ids[0] is absent and keys == inputs.block,
+        **constants,
     )  # fmt: skip
     return found, segments
 
@@ -267,8 +296,7 @@ def forward(inputs: inputs_lib.Inputs, kernel: str | None = None) -> tuple[jax.A
         )  # fmt: skip
         return _merge(before, *found, selected, dtype)
 
-    out, lse = _over(inputs, step, inputs.q.dtype)
-    return out.astype(inputs.q.dtype), lse
+    return _over(inputs, step, inputs.q.dtype)
 
 
 def backward(
@@ -296,6 +324,7 @@ def backward(
         (dq, dk, dv), segments = _launch(
             triton_kernels.backward_kernel, inputs, selected, plan, tile,
             blocks_lib._padded(inputs.block), (*likes, dout, lse, delta), outputs,
+            FLIPPED=_flipped(inputs, tile),
         )  # fmt: skip
         dq = _merge(before and before[:2], dq, None, selected, dtype)
         dk = _sum(dk, segments, inputs, chosen.sum, inputs.scale)
@@ -309,7 +338,7 @@ def backward(
     return inputs_lib.Grads(*(x.astype(like.dtype) for x, like in grads))
 
 
-def _sum(x, segments: plan_lib.Segments, inputs, tile: Sum, factor: float):
+def _sum(x, segments: triton_plan.Segments, inputs, tile: Sum, factor: float):
     """The sums of segments `[B, U, segments, block, H]` by block, `[B, S, K, H]`."""
     batch, kv_len, kv_heads, _ = inputs.k.shape
     numbers, blocks, width = inputs.block * x.shape[4], segments.starts.shape[2], x.shape[4]

@@ -237,9 +237,12 @@ def _backward_tile(
     total_entries, HEADS: tl.constexpr, GROUP: tl.constexpr, PLACES: tl.constexpr, H: tl.constexpr,
     HV: tl.constexpr, HP: tl.constexpr, HVP: tl.constexpr, TILE: tl.constexpr,
     PADDED: tl.constexpr, SCALE: tl.constexpr, RULE: tl.constexpr, IDS: tl.constexpr,
-    MASKED: tl.constexpr,
+    FLIPPED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Writes dq of a tile of entries, adds its share of dk and dv; all is visible unless MASKED."""
+    """Writes dq of a tile of entries, adds its share of dk and dv; all is visible unless MASKED.
+
+    FLIPPED: the product that makes dq has dimensions as rows and queries as columns.
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
     entry, head, valid = _rows(entries, tile, total_entries, TILE, GROUP, PADDED)
     token = entry // PLACES
@@ -263,9 +266,13 @@ def _backward_tile(
     # Where p is 0, delta may be nan; and asking p keeps fewer registers than `visible`.
     ds = tl.where(p == 0.0, 0.0, p * (dp - row_delta)).to(query.dtype)
     sum_k = tl.dot(ds, query, sum_k, input_precision="ieee")
-    grad_q = tl.dot(tl.trans(ds), key, input_precision="ieee")
+    if FLIPPED:
+        grad_q = tl.dot(tl.trans(key), ds, input_precision="ieee") * SCALE
+        grad_q = tl.trans(grad_q.to(query.dtype))
+    else:
+        grad_q = tl.dot(tl.trans(ds), key, input_precision="ieee") * SCALE
     at = entry.to(tl.int64) * HEADS + head
-    tiles_lib._store_rows(dq, grad_q * SCALE, at, valid, H, H, HP)
+    tiles_lib._store_rows(dq, grad_q, at, valid, H, H, HP)
     return sum_k, sum_v
 
 
@@ -277,7 +284,7 @@ def backward_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TABLES: tl.constexpr, PLACES: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, HP: tl.constexpr, HVP: tl.constexpr, BLOCK: tl.constexpr,
     KEYS: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr, SCALE: tl.constexpr,
-    RULE: tl.constexpr, IDS: tl.constexpr, CAUSAL: tl.constexpr,
+    RULE: tl.constexpr, IDS: tl.constexpr, CAUSAL: tl.constexpr, FLIPPED: tl.constexpr,
 ):  # fmt: skip
     """Each entry's own `dq [B, T, n, N, H]`, each segment's `dk`, `dv [B, U, segments, block, H]`.
 
@@ -317,14 +324,14 @@ def backward_kernel(
         sum_k, sum_v = _backward_tile(
             tile, q, dout, lse, delta, q_ids, entries, dq, key, value, id_kv, kv_at, kv_valid,
             sum_k, sum_v, total_entries, HEADS, GROUP, PLACES, H, HV, HP, HVP, TILE, PADDED, SCALE,
-            RULE, IDS, True,
+            RULE, IDS, FLIPPED, True,
         )  # fmt: skip
     if CAUSAL:
         for tile in range(until, first + count):
             sum_k, sum_v = _backward_tile(
                 tile, q, dout, lse, delta, q_ids, entries, dq, key, value, id_kv, kv_at, kv_valid,
                 sum_k, sum_v, total_entries, HEADS, GROUP, PLACES, H, HV, HP, HVP, TILE, PADDED,
-                SCALE, RULE, IDS, False,
+                SCALE, RULE, IDS, FLIPPED, False,
             )  # fmt: skip
     stored = n < tl.where(count > 0, BLOCK, 0)
     tiles_lib._store_rows(dk + program * (BLOCK * H), sum_k, n, stored, H, H, HP)
