@@ -189,6 +189,8 @@ def _over(inputs, step, dtype):
     found = step(None, *first, jnp.float32)
     if each[0].shape[0] > 2:
         found = jax.lax.scan(lambda found, x: (step(found, *x, jnp.float32), None), found, rest)[0]
+    # Else its kernels may run before, and two steps' partial results lie in memory.
+    found, last = jax.lax.optimization_barrier((found, last))
     return step(found, *last, dtype)
 
 
