@@ -45,7 +45,7 @@ DENSE, DENSE_PATTERN = "dense", causal.Causal()
 class Setting:
     """What all cells of one results file share."""
 
-    sizes: tuple[int, ...] = (12, 16, 32)  # embed_dim, and that of the one head
+    sizes: tuple[int, ...] = (12, 14, 16, 32)  # embed_dim, and that of the one head
     lengths: tuple[int, ...] = (48, 96)  # tested; trained is the last
     budgets: tuple[int, ...] = (8, 16, 32)  # tokens that a query may see, about
     seeds: int = 3  # of the weights and the training rows; test rows are the same
