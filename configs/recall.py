@@ -29,6 +29,7 @@ METHODS = {
     "| random_blocks(block=4, num_blocks=1, seed=0))",
     "moba": "moba(block_kv=4, top_k=3)",
     "pooled": "pooled(block_q=4, block_kv=4, top_k=3)",
+    "nsa": "nsa(block_kv=4, top_k=3, initial=0, local=1, window=4, compress_block=4, stride=4)",
 }
 TASKS = {
     "mqar": f"mqar(vocab_size=256, length={LENGTH}, num_pairs=6, filler='zero')",
@@ -41,7 +42,7 @@ TASKS = {
     "group_words": "group_words(group='A5', length=24)",  # No pattern does it: the control.
 }
 SEEDS, RATES = range(3), (5e-3, 1e-2, 2e-2)
-# The small sweep: what differs most, a quarter of an hour of one core.
+# The small sweep: what differs most, half an hour of one core.
 SMALL_METHODS = ("full", "window8", "sinks", "moba")
 SMALL_TASKS = ("mqar", "induction", "in_context_recall", "joint_recall")
 
@@ -91,10 +92,10 @@ def _points(methods, tasks, rates):
 
 
 def sweep_methods():
-    """All methods, tasks, rates and seeds: 576 runs."""
+    """All methods, tasks, rates and seeds: 648 runs."""
     yield from _points(METHODS, TASKS, RATES)
 
 
 def sweep_small():
-    """Four methods on four tasks at one rate, three seeds: 48 runs."""
-    yield from _points(SMALL_METHODS, SMALL_TASKS, RATES[1:2])
+    """Four methods on four tasks, two rates, three seeds: 96 runs."""
+    yield from _points(SMALL_METHODS, SMALL_TASKS, RATES[1:])

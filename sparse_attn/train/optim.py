@@ -9,10 +9,9 @@ from jaxtyping import PyTree
 
 from sparse_attn.train import spikes
 
-# Parameters whose path ends in one of these are not decayed: they set scales, not directions, or
+# Parameters whose name ends in one of these are not decayed: they set scales, not directions, or
 # (the gates of a selector) get no gradient from the loss that would hold them.
-TAPS = ("query_taps", "key_taps", "value_taps")
-NOT_DECAYED = ("scale", "bias", "sink_logits", "gate_query", "gate_key", *TAPS)
+NOT_DECAYED = ("scale", "bias", "sink_logits", "gate_query", "gate_key", "_taps")
 
 
 def warmup_cosine(
@@ -50,7 +49,7 @@ def decay_mask(params: PyTree) -> PyTree:
     {'norm': {'scale': False}, 'out': {'bias': False, 'kernel': True}}
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: str(getattr(path[-1], "key", path[-1])) not in NOT_DECAYED, params
+        lambda path, _: not str(getattr(path[-1], "key", path[-1])).endswith(NOT_DECAYED), params
     )
 
 

@@ -114,8 +114,10 @@ def by_definition(rule, params, x):
     return np.einsum("tnh,nhd->td", out, params["out"]["kernel"]), chosen
 
 
-def layer_of(rule, impl=None, heads=4, kv_heads=2, dim=8):
-    return rule.layer(num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, impl=impl)
+def layer_of(rule, impl=None, heads=4, kv_heads=2, dim=8, short_conv=None):
+    return rule.layer(
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, impl=impl, short_conv=short_conv
+    )
 
 
 @functools.cache  # The same for all lengths and backends.
@@ -211,18 +213,22 @@ def test_gradients_are_those_of_the_masked_definition():
         assert np.abs(grad).max() > 1e-4, path
 
 
-def test_all_blocks_without_gates_are_dense_attention_of_the_same_weights():
+@pytest.mark.parametrize("short_conv", [None, 3])
+def test_all_blocks_without_gates_are_dense_attention_of_the_same_weights(short_conv):
     rule = patterns_base.parse(
         "nsa(block_kv=8, top_k=6, window=8, compress_block=4, stride=4, compress='mean', "
         "branches=('selected',), gates='none', keys='shared')"
     )
-    layer, variables, x = made(rule, 45, batch=2, impl="reference")
+    layer, variables, x = made(rule, 45, batch=2, impl="reference", short_conv=short_conv)
     dense = attention.SelfAttention(
-        num_heads=4, num_kv_heads=2, head_dim=8, pattern=causal.Causal(), impl="reference"
-    )
+        num_heads=4, num_kv_heads=2, head_dim=8, pattern=causal.Causal(), impl="reference",
+        short_conv=short_conv,
+    )  # fmt: skip
     want = jit(dense.init)(jax.random.key(1), x)
     assert jax.tree.map(jnp.shape, want) == jax.tree.map(jnp.shape, variables)
-    np.testing.assert_allclose(jit(layer.apply)(want, x), jit(dense.apply)(want, x), atol=1e-5)
+    ids = jnp.array([[1] * 45, [1] * 20 + [2] * 25])
+    got, wanted = (jit(m.apply)(want, x, segment_ids=ids) for m in (layer, dense))
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
 SMALL = "nsa(block_kv=4, top_k=3, window=4, compress_block=4, stride=2)"

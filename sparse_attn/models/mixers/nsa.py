@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from sparse_attn.masks import block_mask
 from sparse_attn.models import attention
+from sparse_attn.models import short_conv as short_conv_lib
 from sparse_attn.ops import attend as attend_lib
 from sparse_attn.ops.token_select import attend as select_lib
 from sparse_attn.ops.token_select import compress as compress_lib
@@ -124,7 +125,7 @@ class Nsa(base.Selector):
         Raises:
           ValueError: a field is set that this attention does not have.
         """
-        for name in ("logits_soft_cap", "sink_logits", "short_conv"):
+        for name in ("logits_soft_cap", "sink_logits"):
             if fields.pop(name, None) is not None:
                 raise ValueError(f"{name} must be None for {self.expression()}")
         fields.pop("block", None)  # Of masks; selected blocks are `block_kv`.
@@ -141,14 +142,15 @@ class NativeSparseAttention(nn.Module):
     Parameters (float32): those of `SelfAttention`, whose keys and values are the selected branch's;
     `key_<branch>` and `value_<branch>` `[D, K, H]` of the others (keys="per_branch"); of the
     compression `<key|value>_positions [l, H]`, `<key|value>_compress_in [l, H, H]` and
-    `.._out [H, H]` ("mlp"); of the gates `gate_in [D, F]` and `gate_out [F, N, 3]`.
+    `.._out [H, H]` ("mlp"); of the gates `gate_in [D, F]` and `gate_out [F, N, 3]`; with
+    `short_conv` `<projection>_taps [W, N or K, H]`.
 
     Compressed keys are made of rotated ones.
 
     Attributes:
       rule: the `Nsa`.
-      num_heads, num_kv_heads, head_dim, impl, tokens, dtype, rope_base, out_scale: as of
-        `SelfAttention`; `impl` runs all branches.
+      num_heads, num_kv_heads, head_dim, impl, tokens, dtype, rope_base, out_scale, short_conv: as
+        of `SelfAttention`; `impl` runs all branches, and each branch's keys have taps of their own.
 
     >>> import jax
     >>> rule = Nsa(block_kv=8, top_k=3, window=8, compress_block=4, stride=4)
@@ -167,6 +169,7 @@ class NativeSparseAttention(nn.Module):
     dtype: Any = jnp.float32
     rope_base: float | None = 10_000.0
     out_scale: float = 1.0
+    short_conv: int | None = None
 
     @nn.compact
     def __call__(
@@ -188,6 +191,10 @@ class NativeSparseAttention(nn.Module):
                 (heads, self.head_dim), use_bias=False, dtype=self.dtype, name=name,
                 kernel_init=nn.initializers.variance_scaling(1.0, "fan_in", "normal"),
             )(x_BTD)  # fmt: skip
+            if self.short_conv is not None:
+                shape = (self.short_conv, *x.shape[2:])
+                taps = self.param(f"{name}_taps", short_conv_lib.init, shape)
+                x = short_conv_lib.short_conv(x, taps, segment_ids)
             if rotate and self.rope_base is not None:
                 x = attention.rope(x, positions, base=self.rope_base)
             return x
