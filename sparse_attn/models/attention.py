@@ -14,6 +14,7 @@ from sparse_attn.ops import pooled
 from sparse_attn.ops.token_select import attend as select_lib
 from sparse_attn.parallel import attention as parallel_lib
 from sparse_attn.parallel import mesh as mesh_lib
+from sparse_attn.parallel import whole_rows
 from sparse_attn.patterns import per_head
 from sparse_attn.selection import base as selection_base
 from sparse_attn.selection import moba
@@ -155,7 +156,7 @@ class SelfAttention(nn.Module):
         elif isinstance(self.pattern, selection_base.OwnAttention) and self.pattern.causal:
             attend = self._own_attention(segment_ids, sinks_N)
         elif self._by_lists(sinks_N):
-            attend = self._list_attention(q_BTNH, k_BTKH, segment_ids)
+            attend = self._list_attention(segment_ids)
         else:
             mask = self._mask(q_BTNH, k_BTKH, segment_ids)
             attend = functools.partial(
@@ -190,26 +191,26 @@ class SelfAttention(nn.Module):
         return lambda q, k, v, **_: self.pattern.attend(q, k, v, **options)
 
     def _by_lists(self, sinks_N):
-        # The same choice as a mask of single queries, in less memory and time; what this op does
-        # not have runs by the mask.
+        # As a mask of single queries, in less memory and time; what lists do not have runs by the
+        # mask.
         return (
             isinstance(self.pattern, moba.Moba)
             and self.pattern.as_lists
             and self.logits_soft_cap is None
             and sinks_N is None
-            and mesh_lib.current() is None
+            and whole_rows.fits(self.num_kv_heads)
         )
 
-    def _list_attention(self, q_BTNH, k_BTKH, segment_ids):
-        selected = self.pattern.lists(q_BTNH, k_BTKH, segment_ids=segment_ids)
-
-        def attend(q, k, v, **_):
+    def _list_attention(self, segment_ids):
+        def attend(arrays, segment_ids):
+            q, k, v = arrays
             return select_lib.attend(
-                q, k, v, selected=selected, block=self.pattern.block_kv,
-                segment_ids=segment_ids, **select_lib.backend_of(self.impl),
+                q, k, v, selected=self.pattern.lists(q, k, segment_ids=segment_ids),
+                block=self.pattern.block_kv, segment_ids=segment_ids,
+                **select_lib.backend_of(self.impl),
             )  # fmt: skip
 
-        return attend
+        return lambda q, k, v, **_: whole_rows.run(attend, (q, k, v), segment_ids)
 
     def _rule_params(self):
         start = self.pattern.params_like(self.num_heads, self.num_kv_heads, self.head_dim)

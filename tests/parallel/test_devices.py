@@ -1,4 +1,4 @@
-"""Eight simulated devices, in a pytest process of its own: on_devices.py."""
+"""Eight simulated devices, in a pytest process of its own: on_devices*.py."""
 
 import os
 import pathlib
@@ -8,6 +8,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+FILES = ("tests/parallel/on_devices.py", "tests/parallel/on_devices_choices.py")
 # Programs are compiled once each and run for milliseconds: optimising them is not worth it.
 FLAGS = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
@@ -18,7 +19,7 @@ FLAGS = (
 def run(selection, *options):
     arguments = [*options, "-q", "-x", "-m", selection, "-p", "no:cacheprovider", "--durations=5"]
     process = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/parallel/on_devices.py", *arguments],
+        [sys.executable, "-m", "pytest", *FILES, *arguments],
         cwd=ROOT,
         env=os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,

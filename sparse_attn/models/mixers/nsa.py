@@ -14,7 +14,7 @@ from sparse_attn.ops import attend as attend_lib
 from sparse_attn.ops.token_select import attend as select_lib
 from sparse_attn.ops.token_select import compress as compress_lib
 from sparse_attn.parallel import attention as parallel_lib
-from sparse_attn.parallel import mesh as mesh_lib
+from sparse_attn.parallel import whole_rows
 from sparse_attn.patterns import base as patterns_base
 from sparse_attn.patterns import local as local_lib
 from sparse_attn.selection import base
@@ -180,9 +180,8 @@ class NativeSparseAttention(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Attends; `positions` (default 0 .. T-1) only rotate, as in `SelfAttention`."""
-        mesh = mesh_lib.current()
-        if self.tokens.order is not None or (mesh is not None and mesh.shape["seq"] > 1):
-            raise NotImplementedError("nsa: the tokens of a row cannot be split over devices")
+        if self.tokens.order is not None:
+            raise NotImplementedError("nsa: the tokens of a row must be in their order")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
 
@@ -220,34 +219,46 @@ class NativeSparseAttention(nn.Module):
 
     def _branches(self, q, keys, segment_ids):
         """The outputs `[B, T, N, H]` of the branches that run, by name."""
-        rule, outs = self.rule, {}
-        if {"compressed", "selected"} & set(rule.branches):
-            k, v = (
+        needed = {*self.rule.branches}
+        if "selected" in needed:
+            needed.add("compressed")
+        arrays = {name: keys[name] for name in needed}
+        if "compressed" in needed:
+            arrays["compressed"] = tuple(
                 self._compressed(x, name)
                 for x, name in zip(keys["compressed"], ("key", "value"), strict=True)
             )
+        outs, selected = whole_rows.run(self._attend, (q, arrays), segment_ids)
+        if selected is not None:
+            self.sow("intermediates", "selected", selected)
+        return {name: outs[name] for name in self.rule.branches}
+
+    def _attend(self, arrays, segment_ids):
+        """Outputs of the branches by name, and the selected blocks; of some rows and heads."""
+        (q, keys), rule, outs, selected = arrays, self.rule, {}, None
+        if "compressed" in keys:
             ids = segment_ids
             if ids is not None:
                 ids = (ids, rule.strides.documents(ids))
             outs["compressed"], lse = attend_lib.attend(
-                q, k, v, mask=rule.strides, segment_ids=ids, return_lse=True, impl=self.impl
-            )
-        if "selected" in rule.branches:
-            selected = compress_lib.choose_blocks(
-                q, k, lse, strides=rule.strides, block=rule.block_kv, top_k=rule.top_k,
-                initial=rule.initial, local=rule.local, segment_ids=segment_ids,
+                q, *keys["compressed"], mask=rule.strides, segment_ids=ids, return_lse=True,
+                impl=self.impl,
             )  # fmt: skip
-            self.sow("intermediates", "selected", selected)
+        if "selected" in keys:
+            selected = compress_lib.choose_blocks(
+                q, keys["compressed"][0], lse, strides=rule.strides, block=rule.block_kv,
+                top_k=rule.top_k, initial=rule.initial, local=rule.local, segment_ids=segment_ids,
+            )  # fmt: skip
             outs["selected"] = select_lib.attend(
                 q, *keys["selected"], selected=selected, block=rule.block_kv,
                 segment_ids=segment_ids, **select_lib.backend_of(self.impl),
             )  # fmt: skip
-        if "window" in rule.branches:
-            outs["window"] = parallel_lib.attend(
+        if "window" in keys:
+            outs["window"] = attend_lib.attend(
                 q, *keys["window"], mask=local_lib.Local(window=rule.window),
-                segment_ids=segment_ids, impl=self.impl, tokens=self.tokens,
+                segment_ids=segment_ids, impl=self.impl,
             )  # fmt: skip
-        return {name: outs[name] for name in rule.branches}
+        return outs, selected
 
     def _compressed(self, x_BSKH, name):
         """One key (value) per block of `compress_block` tokens, `[B, n, K, H]`.  [eq. 7]"""
