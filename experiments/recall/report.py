@@ -21,6 +21,7 @@ from sparse_attn.patterns import local
 from sparse_attn.viz import plots
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+BYTES = 2  # of a bfloat16 number of a key or a value
 # Windows behind a convolution, width 128, as read off a figure of the authors' code, by window
 # [arXiv:2402.18668, fig. 2]; and their test set, equal parts of these lengths and pairs.
 PUBLISHED = {8: 0.08, 16: 0.15, 32: 0.31, 64: 0.51, 128: 0.66, 256: 0.80, 512: 0.94, 1024: 1.0}
@@ -44,6 +45,8 @@ def _places(length, test):
 def keys_read(method: str, length: int) -> float:
     """Keys that a query reads, in the mean over a row; of a selector as many as it may.
 
+    NSA's compressed keys are among them, the means by which others choose are not.
+
     >>> keys_read("window 16", 64), keys_read("pooled top-k", 64)
     (14.125, 22.5)
     """
@@ -58,8 +61,9 @@ def table(cells: Sequence[dict[str, Any]], width: int, first_layer: str) -> str:
 
     >>> cell = {"method": "full", "length": 64, "width": 128, "density": 0.5, "accuracy": 1.0,
     ...         "low": 0.99, "high": 1.0}
-    >>> print(table([cell], 128, "attention").splitlines()[-1])
-    | full   | 0.508         | 32.5       | 1                | 1.00 (0.99 to 1.00) |
+    >>> row = table([cell], 128, "attention").splitlines()[-1]
+    >>> [x.strip() for x in row.split("|")][3:7]  # Keys, bytes, in sight, accuracy.
+    ['32.5', '16,640', '1', '1.00 (0.99 to 1.00)']
     """
     mine = [c for c in cells if c["width"] == width]
     lengths = sorted({c["length"] for c in mine})
@@ -73,6 +77,7 @@ def table(cells: Sequence[dict[str, Any]], width: int, first_layer: str) -> str:
             "method": method,
             f"density at {longest}": keys / longest,
             f"keys of {longest}": keys,
+            f"KV bytes of {longest}": f"{2 * width * BYTES * keys:,.0f}",
         }
         for length in lengths:
             seen, cell = in_sight(method, length, first_layer), by_length.get(length)
@@ -86,7 +91,7 @@ def published(test: int = 1000) -> str:
     """Markdown: what was published for windows beside what they show of the same test set.
 
     >>> print(published(test=20).splitlines()[-1])
-    | 1024   | 1         | 1        |
+    | all    | 1         | 1        |
     """
     seen = {window: [] for window in PUBLISHED}
     for length, pairs in MIX:
@@ -96,10 +101,11 @@ def published(test: int = 1000) -> str:
             rule = local.Local(window=window)
             shares.append(mqar_gpu.in_sight(rule, places, "convolution"))
     rows = [
-        {"window": w, "published": PUBLISHED[w], "in sight": float(np.mean(shares))}
+        {"window": str(w), "published": PUBLISHED[w], "in sight": float(np.mean(shares))}
         for w, shares in seen.items()
     ]
-    return bench.table(rows)
+    # Full attention, at every width of the grid [arXiv:2312.04927, fig. 2].
+    return bench.table([*rows, {"window": "all", "published": 1.0, "in sight": 1.0}])
 
 
 def draw(cells: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
@@ -113,6 +119,16 @@ def draw(cells: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     plots.curves(panels, path, x_label="width")
 
 
+def draw_keys(cells: Sequence[dict[str, Any]], width: int, path: pathlib.Path) -> None:
+    """Accuracy against the keys that a query reads, a panel per length, at one width."""
+    panels: dict[str, dict[str, Any]] = {}
+    for cell in sorted(cells, key=lambda c: c["length"]):
+        if cell["width"] == width:
+            point = [keys_read(cell["method"], cell["length"])], [cell["accuracy"]]
+            panels.setdefault(f"{cell['length']} tokens", {})[cell["method"]] = point
+    plots.curves(panels, path, x_label="keys a query reads")
+
+
 def _accuracy(cell):
     return f"{cell['accuracy']:.2f} ({cell['low']:.2f} to {cell['high']:.2f})"
 
@@ -124,7 +140,9 @@ def describe(content: dict[str, Any]) -> str:
     text = [
         f"{content['environment']['device']}; {first_layer} first; "
         f"{setting['steps']} steps of {setting['batch']} examples, vocabulary {setting['vocab']}; "
-        "best of the learning rates, mean of the seeds (least to most)."
+        "best of the learning rates, mean of the seeds (least to most). Keys and bytes (of keys "
+        "and values in bfloat16) are those that a query reads in the mean over a row; NSA's "
+        "compressed keys are among them, the means by which others choose blocks are not."
     ]
     for width in sorted({c["width"] for c in cells}):
         text += [f"Width {width}", table(cells, width, first_layer)]
@@ -145,7 +163,12 @@ def main(argv: list[str] | None = None) -> int:
         content = json.loads(path.read_text())
         text = describe(content)
         path.with_suffix(".md").write_text(text)
-        draw(content["results"]["cells"], path.with_suffix(".png"))
+        cells = content["results"]["cells"]
+        draw(cells, path.with_suffix(".png"))
+        widths = sorted({c["width"] for c in cells})
+        draw_keys(
+            cells, 128 if 128 in widths else widths[0], path.with_name(f"{path.stem}_keys.png")
+        )
         print(text)
     text = published()
     (folder / "mqar_published.md").write_text(text + "\n")
