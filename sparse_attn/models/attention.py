@@ -191,8 +191,8 @@ class SelfAttention(nn.Module):
         return lambda q, k, v, **_: self.pattern.attend(q, k, v, **options)
 
     def _by_lists(self, sinks_N):
-        # As a mask of single queries, in less memory and time; what lists do not have runs by the
-        # mask.
+        # The choice of a mask of single queries (but for near ties on GPUs, see `Moba.lists`), in
+        # less memory and time; what this op does not have runs by the mask.
         return (
             isinstance(self.pattern, moba.Moba)
             and self.pattern.as_lists

@@ -105,13 +105,7 @@ class LayersConfig:
                 f"pattern: all layers must have {trained[0].expression()}, as their parameters are "
                 "stacked"
             )
-        mixers = {p for p in self.layer_patterns() if hasattr(p, "layer")}
-        if len(mixers) > 1 or (mixers and trained):
-            names = ", ".join(sorted(p.expression() for p in mixers | set(trained)))
-            raise ValueError(
-                f"pattern: {names}: only one kind of layer may have parameters of its own, as "
-                "those of all layers are stacked"
-            )
+        self.largest_layer()
         self._check_choice("dtype", dtypes.CHOICES)
         self._check_choice("remat", REMAT)
         self._check_choice("layer_loop", LAYER_LOOPS)
@@ -141,9 +135,21 @@ class LayersConfig:
         return (self.pattern,) * self.num_layers
 
     def largest_layer(self) -> Layer:
-        """The layer whose parameters include those of all others: a mixer, where there is one."""
-        layers = self.layer_patterns()
-        return next((p for p in layers if hasattr(p, "layer")), layers[0])
+        """The layer whose parameters include those of all others: a mixer, where there is one.
+
+        Raises:
+          ValueError: no layer has the parameters of all others.
+        """
+        kinds = tuple(dict.fromkeys(self.layer_patterns()))
+        mixers = [p for p in kinds if hasattr(p, "layer")]
+        for kind in mixers or kinds:
+            if not mixers or all(kind.includes(p) for p in kinds):
+                return kind
+        names = ", ".join(sorted(p.expression() for p in kinds))
+        raise ValueError(
+            f"pattern: {names}: one of them must have the parameters of all others, as those of "
+            "all layers are stacked"
+        )
 
     def cycle(self) -> tuple[Layer, ...]:
         """The shortest run of layer patterns that, repeated, is the schedule.
@@ -275,7 +281,8 @@ class Transformer(nn.Module):
 
     The parameters do not depend on the pattern, the layer loop or remat: those of all layers are
     stacked, so one checkpoint and one seed serve every schedule. Where a schedule has a mixer
-    (`models/mixers/`), every layer holds its parameters too. Paths and shapes (float32):
+    (`models/mixers/`), every layer holds its parameters too, or, of mixers without the keys and
+    values of others, its parameters instead. Paths and shapes (float32):
 
         embedding                              [V, D]
         layers/attention_norm/scale            [L, D]

@@ -22,8 +22,9 @@ class Moba(base.BlockScores):
 
     The rows of the mask are single queries (block_q = 1), which is exact, on backends that take
     such rows; its lists have T * S / block_kv entries per head, and every query is a row of work.
-    `lists` gives the same choice to `ops.token_select`, which packs queries that chose alike; a
-    layer of a model does so wherever `as_lists` says that it can.
+    `lists` gives the choice to `ops.token_select`, which gathers for each block the queries that
+    chose it; a layer of a model does so wherever `as_lists` says that it can. Both choose alike but
+    for near ties of half-precision queries and keys on GPUs.
 
     >>> import jax
     >>> q, k = jax.random.normal(jax.random.key(0), (2, 1, 64, 2, 8))
@@ -66,6 +67,9 @@ class Moba(base.BlockScores):
         self, q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], *, segment_ids: Any = None
     ) -> Int[Array, "B T N m"]:
         """The choice of `select` as lists for `ops.token_select`, -1 = none.
+
+        On GPUs a kernel ranks scores of half-precision queries and keys without their last bits, so
+        that near ties may go otherwise.
 
         Memory follows T * top_k: the scores exist for some queries at a time.
 

@@ -19,6 +19,10 @@ CONFIG = transformer.TransformerConfig(
 )  # fmt: skip
 MOBA = "moba(block_kv=8, top_k=2)"
 NSA = "nsa(block_kv=8, top_k=3, window=8, compress_block=4, stride=2)"
+LATENT = (
+    "per_layer((nsa_latent(branches=('window',), window=8), "
+    "nsa_latent(block_kv=8, top_k=3, compress_block=4, stride=2)))"
+)
 VIDEO = NSA.replace("nsa(", "video_nsa(video=((5, 30),), ")
 
 
@@ -46,11 +50,15 @@ def loss_and_grads(model, params, rows):
         pytest.param(NSA, "data=2,fsdp=2,tensor=2", id="nsa"),
         pytest.param(MOBA, "fsdp=4,tensor=2", id="moba"),
         pytest.param(VIDEO, "data=2,tensor=2", id="video"),
+        pytest.param(LATENT, "data=2,tensor=2", id="latent"),
         pytest.param(f"per_layer((local(window=6), {NSA}))", "data=4", id="per_layer"),
     ],
 )
 def test_model_equals_one_device(pattern, axes):
-    model = transformer.Transformer(dataclasses.replace(CONFIG, pattern=base.parse(pattern)))
+    config = dataclasses.replace(CONFIG, pattern=base.parse(pattern))
+    if pattern == LATENT:
+        config = dataclasses.replace(config, short_conv=None)
+    model = transformer.Transformer(config)
     rows = batch()
     if "video" in pattern:  # Of which it takes one per row.
         del rows["segment_ids"]

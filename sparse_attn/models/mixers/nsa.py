@@ -115,6 +115,54 @@ class Nsa(base.Selector):
         }
         return sum(keys[name] for name in self.branches)
 
+    def cache_per_token(self, length: int, *, num_kv_heads: int, head_dim: int) -> float:
+        """Numbers that a layer keeps to decode after `length` tokens, per token of these.
+
+        Of the compressed branch only what it compressed: the tokens of a block that is not full
+        yet, at most `compress_block - 1`, are left out. A window forgets the tokens that left it.
+
+        >>> rule = Nsa(window=4, compress_block=4, stride=4, block_kv=4)
+        >>> rule.cache_per_token(8, num_kv_heads=1, head_dim=2)  # 2 + 8 + 4 keys and values
+        7.0
+        """
+        sizes = self._numbers(num_kv_heads, head_dim)
+        return sum(sizes[name] * n for name, n in self._kept(length).items()) / length
+
+    def _numbers(self, num_kv_heads, head_dim):
+        """Numbers of one entry of the cache of each branch."""
+        return dict.fromkeys(BRANCHES, 2 * num_kv_heads * head_dim)
+
+    def _kept(self, length):
+        """Entries in the cache of each branch that runs."""
+        branches = set(self.branches)
+        if "selected" in branches:
+            branches.add("compressed")  # They choose.
+            if self.keys == "shared":
+                branches.discard("window")
+        kept = {
+            "compressed": max(0, length - self.compress_block + self.stride) // self.stride,
+            "selected": length,
+            "window": min(length, self.window),
+        }
+        return {name: kept[name] for name in branches}
+
+    @property
+    def _shapes(self):
+        """What the names and shapes of the parameters follow from, beside the sizes of a model."""
+        return (
+            self.branches, self.compress, self.compress_block, self.gates, self.gate_dim, self.keys
+        )  # fmt: skip
+
+    def includes(self, other: patterns_base.Expression) -> bool:
+        """True if this layer has the parameters of a layer with `other`, so that they alternate.
+
+        >>> Nsa(top_k=8).includes(Nsa()), Nsa(keys="shared").includes(Nsa())
+        (True, False)
+        """
+        if not hasattr(other, "layer"):
+            return True  # Those of `SelfAttention`.
+        return type(other) is type(self) and other._shapes == self._shapes
+
     def at_most(self, q_len: int, kv_len: int | None = None) -> block_mask.BlockMask:
         """A window with as many keys as a query reads at most, for counting."""
         return base.window_of(self.most_keys(q_len), q_len, kv_len)
@@ -184,38 +232,47 @@ class NativeSparseAttention(nn.Module):
             raise NotImplementedError("nsa: the tokens of a row must be in their order")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
-
-        def project(heads, name, rotate):
-            x = nn.DenseGeneral(
-                (heads, self.head_dim), use_bias=False, dtype=self.dtype, name=name,
-                kernel_init=nn.initializers.variance_scaling(1.0, "fan_in", "normal"),
-            )(x_BTD)  # fmt: skip
-            if self.short_conv is not None:
-                shape = (self.short_conv, *x.shape[2:])
-                taps = self.param(f"{name}_taps", short_conv_lib.init, shape)
-                x = short_conv_lib.short_conv(x, taps, segment_ids)
-            if rotate and self.rope_base is not None:
-                x = attention.rope(x, positions, base=self.rope_base)
-            return x
-
-        def keys_of(branch):
-            name = "" if branch == "selected" else f"_{branch}"
-            return (
-                project(self.num_kv_heads, f"key{name}", True),
-                project(self.num_kv_heads, f"value{name}", False),
-            )
-
-        q_BTNH = project(self.num_heads, "query", True)
-        keys = {"selected": keys_of("selected")}
-        for branch in ("compressed", "window"):
-            shared = self.rule.keys == "shared"
-            keys[branch] = keys["selected"] if shared else keys_of(branch)
+        q_BTNH, keys = self._projected(x_BTD, positions, segment_ids)
         outs = self._branches(q_BTNH, keys, segment_ids)
         out_BTNH = self._gated(x_BTD, outs)
         return nn.DenseGeneral(
             x_BTD.shape[-1], axis=(-2, -1), use_bias=False, dtype=self.dtype, name="out",
             kernel_init=nn.initializers.variance_scaling(self.out_scale**2, "fan_in", "normal"),
         )(out_BTNH)  # fmt: skip
+
+    def _project(self, x_BTD, heads, dim, name):
+        return nn.DenseGeneral(
+            (heads, dim), use_bias=False, dtype=self.dtype, name=name,
+            kernel_init=nn.initializers.variance_scaling(1.0, "fan_in", "normal"),
+        )(x_BTD)  # fmt: skip
+
+    def _rotate(self, x, positions):
+        if self.rope_base is None:
+            return x
+        return attention.rope(x, positions, base=self.rope_base)
+
+    def _projected(self, x_BTD, positions, segment_ids):
+        """Queries `[B, T, N, H]`, and keys and values `[B, T, K, H]` of the branches by name."""
+
+        def project(heads, name):
+            x = self._project(x_BTD, heads, self.head_dim, name)
+            if self.short_conv is None:
+                return x
+            shape = (self.short_conv, heads, self.head_dim)
+            taps = self.param(f"{name}_taps", short_conv_lib.init, shape)
+            return short_conv_lib.short_conv(x, taps, segment_ids)
+
+        def keys_of(branch):
+            name = "" if branch == "selected" else f"_{branch}"
+            k, v = (project(self.num_kv_heads, f"{kind}{name}") for kind in ("key", "value"))
+            return self._rotate(k, positions), v
+
+        q_BTNH = project(self.num_heads, "query")
+        keys = {"selected": keys_of("selected")}
+        for branch in ("compressed", "window"):
+            shared = self.rule.keys == "shared"
+            keys[branch] = keys["selected"] if shared else keys_of(branch)
+        return self._rotate(q_BTNH, positions), keys
 
     def _branches(self, q, keys, segment_ids):
         """The outputs `[B, T, N, H]` of the branches that run, by name."""
@@ -236,27 +293,29 @@ class NativeSparseAttention(nn.Module):
     def _attend(self, arrays, segment_ids):
         """Outputs of the branches by name, and the selected blocks; of some rows and heads."""
         (q, keys), rule, outs, selected = arrays, self.rule, {}, None
+        scale = self.head_dim**-0.5  # Queries may be longer than heads, see `nsa_latent`.
         if "compressed" in keys:
             ids = segment_ids
             if ids is not None:
                 ids = (ids, rule.strides.documents(ids))
             outs["compressed"], lse = attend_lib.attend(
-                q, *keys["compressed"], mask=rule.strides, segment_ids=ids, return_lse=True,
-                impl=self.impl,
+                q, *keys["compressed"], mask=rule.strides, segment_ids=ids, scale=scale,
+                return_lse=True, impl=self.impl,
             )  # fmt: skip
         if "selected" in keys:
             selected = compress_lib.choose_blocks(
                 q, keys["compressed"][0], lse, strides=rule.strides, block=rule.block_kv,
                 top_k=rule.top_k, initial=rule.initial, local=rule.local, segment_ids=segment_ids,
+                scale=scale,
             )  # fmt: skip
             outs["selected"] = select_lib.attend(
                 q, *keys["selected"], selected=selected, block=rule.block_kv,
-                segment_ids=segment_ids, **select_lib.backend_of(self.impl),
+                segment_ids=segment_ids, scale=scale, **select_lib.backend_of(self.impl),
             )  # fmt: skip
         if "window" in keys:
             outs["window"] = attend_lib.attend(
                 q, *keys["window"], mask=local_lib.Local(window=rule.window),
-                segment_ids=segment_ids, impl=self.impl,
+                segment_ids=segment_ids, scale=scale, impl=self.impl,
             )  # fmt: skip
         return outs, selected
 
@@ -265,7 +324,7 @@ class NativeSparseAttention(nn.Module):
         x_BnlKH = self.rule.strides.windows(x_BSKH)
         if self.rule.compress == "mean":
             return x_BnlKH.astype(jnp.float32).mean(2).astype(self.dtype)
-        size, width = self.rule.compress_block, self.head_dim
+        size, width = self.rule.compress_block, x_BSKH.shape[-1]
         normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=(0, 1))
         places = self.param(f"{name}_positions", nn.initializers.normal(0.02), (size, width))
         into = self.param(f"{name}_compress_in", normal, (size, width, width))
