@@ -114,6 +114,59 @@ def by_definition(rule, params, x):
     return np.einsum("tnh,nhd->td", out, params["out"]["kernel"]), chosen
 
 
+def over_all_pairs(rule, params, x, chosen):
+    """`by_definition` with its choice, over all pairs of tokens at once in jnp, for gradients."""
+    length = len(x)
+    size, stride, at = rule.compress_block, rule.stride, np.arange(length)
+    tokens = np.arange(0, length - size + 1, stride)[:, None] + np.arange(size)
+
+    def turned(x):
+        half = x.shape[-1] // 2
+        angle = at[:, None] * 10_000.0 ** (-np.arange(half) / half)
+        pairs = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)[:, None]
+        return jnp.concatenate([pairs.real, pairs.imag], -1)
+
+    def of(branch):
+        own = rule.keys == "per_branch" and branch != "selected"
+        names = (f"{name}_{branch}" if own else name for name in ("key", "value"))
+        k, v = (jnp.tensordot(x, params[name]["kernel"], 1) for name in names)
+        return turned(k), v
+
+    def phi(x, name):
+        x = x[tokens]  # [n, l, K, H]
+        if rule.compress == "mean":
+            return x.mean(1)
+        z = x + params[f"{name}_positions"][:, None]
+        z = jnp.einsum("nlkh,lhf->nkf", z, params[f"{name}_compress_in"])
+        z = z / (1 + jnp.exp(-2 * np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
+        return z @ params[f"{name}_compress_out"]
+
+    q = turned(jnp.tensordot(x, params["query"]["kernel"], 1))
+
+    def attend(k, v, seen):  # [T, S], or for each KV head
+        group = q.shape[1] // k.shape[1]
+        k, v = (jnp.repeat(x, group, 1) for x in (k, v))
+        seen = np.broadcast_to(seen, (q.shape[1] // group, *np.shape(seen)[-2:])).repeat(group, 0)
+        z = jnp.where(seen, jnp.einsum("tnh,snh->nts", q, k) / np.sqrt(q.shape[2]), -1e30)
+        p = jnp.where(seen, jnp.exp(z - z.max(-1, keepdims=True)), 0)
+        return jnp.einsum("nts,snh->tnh", p / jnp.maximum(p.sum(-1, keepdims=True), 1e-30), v)
+
+    taken = np.array([[[s // rule.block_kv in blocks for s in at] for blocks in t] for t in chosen])
+    k, v = of("compressed")
+    outs = (
+        attend(phi(k, "key"), phi(v, "value"), tokens[:, -1] <= at[:, None]),
+        attend(*of("selected"), np.moveaxis(taken, 1, 0) & (at <= at[:, None])),
+        attend(*of("window"), (at <= at[:, None]) & (at > at[:, None] - rule.window)),
+    )
+    gates = jnp.ones((length, q.shape[1], 3))
+    if rule.gates == "learned":
+        hidden = x @ params["gate_in"]
+        hidden = hidden / (1 + jnp.exp(-hidden))
+        gates = 1 / (1 + jnp.exp(-jnp.tensordot(hidden, params["gate_out"], 1)))
+    out = sum(gates[..., c, None] * x for c, x in enumerate(outs))
+    return jnp.einsum("tnh,nhd->td", out, params["out"]["kernel"])
+
+
 def layer_of(rule, impl=None, heads=4, kv_heads=2, dim=8, short_conv=None):
     return rule.layer(
         num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, impl=impl, short_conv=short_conv
@@ -211,6 +264,31 @@ def test_gradients_are_those_of_the_masked_definition():
     for path, grad in jax.tree_util.tree_leaves_with_path(grads["xla"]):
         assert np.isfinite(grad).all()
         assert np.abs(grad).max() > 1e-4, path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", nsa.EXAMPLES, ids=["mlp", "mean"])
+def test_gradients_are_those_of_the_equations(rule):
+    """Of x and of all parameters: projections, gates, positions and both layers of compression."""
+    layer, variables, x = made(rule, 45, impl="reference")
+    params, weight = variables["params"], np.random.default_rng(2).standard_normal(x.shape[1:])
+    want, chosen = by_definition(rule, params, x[0])
+
+    def run(f):
+        def loss(params, x):
+            out = f(params, x)
+            return (out * weight).sum(), out
+
+        return jit(jax.grad(loss, (0, 1), has_aux=True))(params, x[0])
+
+    mine, _ = run(lambda params, x: layer.apply({"params": params}, x[None])[0])
+    theirs, out = run(lambda params, x: over_all_pairs(rule, params, x, chosen))
+    np.testing.assert_allclose(out, want, atol=3e-5)
+    theirs = dict(jax.tree_util.tree_leaves_with_path(theirs))
+    for path, grad in jax.tree_util.tree_leaves_with_path(mine):
+        most = np.abs(theirs[path]).max()
+        assert most > 1e-3, path
+        np.testing.assert_allclose(grad, theirs[path], atol=2e-5 * most + 2e-5, err_msg=str(path))
 
 
 @pytest.mark.parametrize("short_conv", [None, 3])

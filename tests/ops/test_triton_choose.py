@@ -259,6 +259,35 @@ def test_gate(documents, monkeypatch):
     np.testing.assert_array_equal(in_kernels(choose), jax.jit(lambda: choose())())
 
 
+@pytest.mark.parametrize(
+    "blocks, sign, documents", [(16, 1, False), (16, -1, True), (200, 1, False), (200, -1, True)]
+)
+def test_gate_takes_scores_that_differ_below_its_bits_in_order_of_place(blocks, sign, documents):
+    """What counts is a score less its lowest bits, as many as a place has."""
+    width = 1 << (blocks - 1).bit_length()
+    rng = np.random.default_rng(0)
+    # Scores 1 + j / 2 ** 23, the lowest bits of a float32; j / 2 ** 24 is a float16.
+    steps = rng.integers(0, 4, blocks) * width + rng.integers(0, width, blocks)
+    k = np.zeros((1, blocks, 1, 16), np.float16)
+    k[0, :, 0, 0], k[0, :, 0, 1] = sign, sign * steps * 2.0**-24
+    q = np.zeros((1, blocks, 1, 16), np.float16)
+    q[..., 0], q[..., 1] = 1, 2
+    scores = (k.astype(np.float32) * q).sum(-1)[0, :, 0]
+    np.testing.assert_array_equal(scores, sign * (1 + steps * np.float32(2) ** -23))
+    # Of two negative numbers, the larger one has the smaller bits.
+    parts = (steps if sign > 0 else -1 - steps) // width
+    ids = jnp.ones((1, blocks), jnp.int32) if documents else None
+    choose = functools.partial(lists.by_mean_key, block=1, top_k=6, segment_ids=ids)
+    got = in_kernels(choose, jnp.asarray(q), jnp.asarray(k))[0, :, 0]
+    plain = np.asarray(choose(jnp.asarray(q), jnp.asarray(k)))[0, :, 0]
+    for t in range(blocks):
+        want = np.argsort(-parts[:t], kind="stable")[:6]
+        assert got[t].tolist() == [t, *want, *[-1] * (6 - len(want))]
+        exact = np.argsort(-scores[:t], kind="stable")[:6]
+        assert plain[t].tolist() == [t, *exact, *[-1] * (6 - len(exact))]
+    assert (got != plain).any()
+
+
 @pytest.mark.slow
 def test_gate_of_float32_and_of_many_blocks_takes_rows():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 30, 2, 8))

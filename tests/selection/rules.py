@@ -7,6 +7,7 @@ import importlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import strategies as st
 
 from sparse_attn.masks import block_mask, lower
 from sparse_attn.ops import attend as attend_lib
@@ -28,6 +29,19 @@ EVERYTHING = {
     "top_k": 10_000, "top_p": 1.0, "columns": 10_000, "diagonals": 10_000, "gamma": 1.0,
     "theta": 1e9, "counts": (10_000,), "threshold": 0.0, "density": 1.0,
 }  # fmt: skip
+
+# Whole blocks of queries and of keys, and a part of one more; see `ragged`. The first draw is the
+# first of the list, which is to say something too.
+RAGGED = st.tuples(*2 * (st.tuples(st.sampled_from([2, 4, 3, 1, 0]), st.floats(0, 1)),))
+
+
+def ragged(rule, lengths):
+    """Tokens of queries and of keys that are multiples of no block of more than one."""
+    blocks = rule.block_q, rule.block_kv
+    return tuple(
+        whole * block + 1 + round(part * max(block - 2, 0))
+        for block, (whole, part) in zip(blocks, lengths, strict=True)
+    )
 
 
 def inputs(seed=0, *, batch=2, length=50, kv_len=None, heads=4, kv_heads=2, dim=8):

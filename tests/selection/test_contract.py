@@ -9,7 +9,6 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 
 from sparse_attn.ops import kept_mass
 from sparse_attn.patterns import base as patterns_base
@@ -221,9 +220,11 @@ def test_no_array_grows_as_the_attention_map(rule):
 
 
 @pytest.mark.slow
-@hypothesis.given(rule=st.sampled_from(FIRST), q_len=st.integers(1, 60), kv_len=st.integers(1, 60))
-@hypothesis.settings(max_examples=12)
-def test_any_length(rule, q_len, kv_len):
+@every_example
+@hypothesis.given(lengths=rules.RAGGED)
+@hypothesis.settings(max_examples=2)
+def test_any_length(rule, lengths):
+    q_len, kv_len = rules.ragged(rule, lengths)
     q, k, v = rules.inputs(8, batch=1, length=q_len, kv_len=kv_len, heads=2, kv_heads=1, dim=4)
     mask = rules.select(rule, q, k)
     kept = rules.states(mask)

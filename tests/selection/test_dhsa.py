@@ -43,6 +43,24 @@ def test_a_budget_for_everything_is_dense_and_a_small_one_is_the_masked_referenc
     np.testing.assert_allclose(jit(rule.attend)(q, k, v), want, atol=2e-5)
 
 
+def test_no_output_follows_a_later_chunk_nor_the_value_of_a_later_token():
+    # All keys decide where chunks are cut, and a chunk scores as a whole.
+    q, k, v = rules.inputs(2, batch=1, length=50)
+    rule = dhsa.Dhsa(top_k=9, length=8, window=4)
+    chunks = jit(rule.chunks)(k)
+    attend = jit(lambda q, k, v: rule.attend(q, k, v, chunks=chunks))
+    out = attend(q, k, v)
+    starts = np.flatnonzero(np.diff(chunks[0])) + 1
+    assert len(starts) > 3
+    for start, changes in [*((t, (1, 1, 1)) for t in starts), *((t, (0, 0, 1)) for t in (11, 30))]:
+        later = (np.arange(50) >= start)[:, None, None]
+        changed = attend(
+            *(jnp.where(later & bool(c), 5 * x[:, ::-1], x) for x, c in zip((q, k, v), changes))
+        )
+        np.testing.assert_array_equal(changed[:, :start], out[:, :start])
+        assert np.abs(changed - out)[:, start:].max() > 0.1
+
+
 def test_noise_scores_alike_in_chunks_of_any_length():
     rng = np.random.default_rng(0)
     k = jnp.asarray(rng.standard_normal((1, 4096, 1, 16)), jnp.float32)

@@ -26,6 +26,24 @@ def test_blocks_are_believed_where_they_are_uniform_and_columns_are_not():
     assert divergence[0] < 0.1 < divergence[1]
 
 
+@pytest.mark.slow
+def test_the_believed_head_keeps_its_blocks_and_the_other_one_its_columns():
+    q, k = heads()
+    # Every divergence is below 1 and none below 0.
+    taken, by_blocks, by_lines = (
+        rules.chosen(rule(tau=tau), q, k)[0] > 0 for tau in (0.1, 1.0, 0.0)
+    )
+    assert (by_blocks != by_lines).any((1, 2)).all()
+    np.testing.assert_array_equal(taken[0], by_blocks[0])
+    np.testing.assert_array_equal(taken[1], by_lines[1])
+    planted = np.eye(LENGTH // BLOCK, dtype=bool)
+    rows = np.arange(1, LENGTH // BLOCK)
+    planted[rows, (5 * rows + 2) % rows] = True
+    np.testing.assert_array_equal(taken[0], planted)
+    for column in (37 // BLOCK, 90 // BLOCK):  # In every row that may see it.
+        assert taken[1, column:, column].all()
+
+
 def test_divergence_is_that_of_the_definition():
     q, k, _ = rules.inputs(length=64, heads=1, kv_heads=1, batch=1)
     logits = np.asarray(q[0, -BLOCK:, 0] @ k[0, :, 0].T, np.float64) / np.sqrt(8)

@@ -2,6 +2,8 @@
 
 import math
 
+import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,7 +32,29 @@ def test_smooth_scores_are_searched_nearly_as_well_as_by_all_of_them():
     assert found[-1] > 2 * even
 
 
-def test_number_of_scored_keys_grows_with_the_logarithm():
-    for blocks in (64, 256, 1024, 4096):
-        assert hip.Hip(top_k=16).steps(blocks) == math.log2(blocks / 16)
-    assert hip.Hip(top_k=16).steps(10) == 0
+def products(jaxpr):
+    """Numbers that matrix products make, in all turns of loops."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            total += equation.outvars[0].aval.size
+        assert equation.primitive.name != "while"  # Nobody could say how often.
+        turns = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for value in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: isinstance(x, jax.extend.core.ClosedJaxpr)
+        ):
+            if isinstance(value, jax.extend.core.ClosedJaxpr):
+                total += turns * products(value.jaxpr)
+    return total
+
+
+@pytest.mark.parametrize("top_k", [4, 16])
+def test_number_of_scored_keys_grows_with_the_logarithm(top_k):
+    block, heads = 4, 2
+    rule = hip.Hip(block_q=block, block_kv=block, top_k=top_k)
+    for blocks in (16, 64, 512):
+        q = jax.ShapeDtypeStruct((1, blocks * block, heads, 2), jnp.float32)
+        logits = products(jax.make_jaxpr(rule.select)(q, q).jaxpr)
+        keys = logits / (heads * block * blocks)  # One row of blocks; each with all its queries.
+        assert keys == 2 * top_k * math.log2(blocks / top_k)
+    assert rule.steps(3) == 0

@@ -1,5 +1,6 @@
 """Columns, diagonals and the search that gives each head its rule."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from sparse_attn.ops import scoring
 from sparse_attn.patterns import local, sinks
 from sparse_attn.selection import m_inference, pooled, vertical_slash
+from tests.ops import oracle
 from tests.selection import rules
 
 LENGTH, BLOCK, DIM = 256, 16, 64
@@ -106,6 +108,35 @@ def test_each_head_follows_its_rule():
     np.testing.assert_array_equal(kept[:, ::3], rules.chosen(two, q, k)[:, ::3])
     np.testing.assert_array_equal(kept[:, 2], rules.chosen(one, q, k)[:, 2])
     assert ((kept[:, 1] > 0) == (rules.lowered(mixed, window, 64, 64) > 0)).all()
+
+
+@pytest.mark.slow
+def test_heads_of_all_kinds_are_the_masked_reference_with_its_gradients():
+    q, k, v = rules.inputs(2, batch=1, length=60)
+    blocks = {"block_q": BLOCK, "block_kv": BLOCK}
+    shape = local.Local(window=20) | sinks.Sinks(tokens=4)
+    few, more = (vertical_slash.VerticalSlash(columns=n, diagonals=n - 1, **blocks) for n in (1, 2))
+    heads = (few, shape, pooled.Pooled(top_k=1, **blocks), more)
+    mixed = m_inference.MInference(heads=heads, **blocks)
+    alone = [
+        rules.lowered(mixed, x, 60, 60)[None] if x is shape else rules.chosen(x, q, k)[:, head]
+        for head, x in enumerate(heads)
+    ]
+    seen = rules.visible(mixed, np.stack(alone, 1), 60, 60)
+    assert len({x.tobytes() for x in seen[0]}) == 4
+    dout = np.random.default_rng(3).standard_normal(q.shape)
+
+    def loss(q, k, v):
+        out = mixed.attend(q, k, v, impl="reference")
+        return (out * dout).sum(), out
+
+    grads, out = jax.jit(
+        jax.grad(loss, (0, 1, 2), has_aux=True), compiler_options=rules.COMPILER_OPTIONS
+    )(q, k, v)
+    want = oracle.attention(q, k, v, seen, dout, np.zeros(q.shape[:3]), scale=8**-0.5)
+    np.testing.assert_allclose(out, want.out, atol=2e-5)
+    for mine, theirs in zip(grads, (want.dq, want.dk, want.dv), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-4)
 
 
 def test_rules_must_fit_each_other():

@@ -78,6 +78,20 @@ def test_what_is_seen_is_the_grid_and_always():
         np.testing.assert_allclose(mine, theirs, atol=2e-4)
 
 
+def test_no_output_follows_a_later_token_beside_what_the_last_queries_choose(monkeypatch):
+    q, k, v = rules.inputs(1, batch=1, length=50)
+    rule = mm_inference.EXAMPLES[0]
+    grid = jit(rule.grid)(q, k)
+    monkeypatch.setattr(mm_inference.MmInference, "grid", lambda *_: grid)
+    attend = jit(lambda q, k, v: rule.attend(q, k, v, impl="reference"))
+    out = attend(q, k, v)
+    for t in (5, 20, 31):
+        later = (np.arange(50) > t)[:, None, None]
+        changed = attend(*(jnp.where(later, 5 * x[:, ::-1], x) for x in (q, k, v)))
+        np.testing.assert_array_equal(changed[:, : t + 1], out[:, : t + 1])
+        assert np.abs(changed - out)[:, t + 1 :].max() > 0.1
+
+
 def test_modalities_apart_are_the_row_as_it_was():
     q, k, v = rules.inputs(2, batch=1, length=40)
     kinds = ["text"] * 5 + ["video"] * 14 + ["text"] * 4 + ["video"] * 10 + ["text"] * 7

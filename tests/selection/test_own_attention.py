@@ -1,34 +1,47 @@
-"""Rules with attention of their own: any length, small floats, and a repetition of heads."""
+"""Rules with attention of their own: any length, gradients, small floats, what is counted."""
 
+import dataclasses
 import functools
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from sparse_attn.masks import stats
 from sparse_attn.patterns import base as patterns_base
-from sparse_attn.selection import base
-from tests.selection import rules
+from sparse_attn.selection import base, hyper, pbs
+from tests.selection import definitions, rules
 
 jit = functools.partial(jax.jit, compiler_options=rules.COMPILER_OPTIONS)
 # Those that keep single tokens, or give weights of their own; the others are in `test_reordered`.
 FINE = ("Dhsa", "DynamicMask", "Landmark", "MmInference", "Spatial")
+# These two have a mask, but attend to other keys than those they are given.
+DEFINED = [
+    # Halved once or twice: every part is a program to compile.
+    dataclasses.replace(r, least=24) if isinstance(r, hyper.Hyper) else r
+    for r in (*rules.OWN, *rules.MASKS["moba_conv"], *rules.MASKS["psa"])
+]
+# Multiples of no block; the first of the list comes first.
+LENGTHS = st.builds(
+    lambda blocks, rest: 8 * blocks + rest, st.sampled_from([5, 7, 3, 1, 0]), st.integers(1, 7)
+)
 
 
 def more(rule, q, k):
     """What the attention of a rule takes beside q, k and v."""
     name = type(rule).__name__
     if name == "Spatial":
-        side = rule.resolution
-        places = np.random.default_rng(0).permutation(side**3)[: q.shape[1]]
-        coords = np.stack(np.unravel_index(places, (side,) * 3), -1).astype(np.int32)
+        coords = definitions.coords(rule, q)
         return {
             "coords": jnp.broadcast_to(coords, (q.shape[0], *coords.shape)),
             "impl": "reference",
         }
-    if name == "MmInference":
+    if name == "Routing":
+        return {"centroids": definitions.centroids(q), "impl": "reference"}
+    if isinstance(rule, pbs.Reordered) or name == "Psa":
         return {"impl": "reference"}
     params = rules.params(rule, q, k)
     return {"params": params} if params else {}
@@ -68,3 +81,28 @@ def test_any_length_and_small_floats(rule):
     want = attend(*(x.astype(jnp.float32) for x in small))
     error = np.abs(got.astype(jnp.float32) - want).max(-1)
     assert np.quantile(error, 0.8) < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", DEFINED, ids=lambda r: r.expression())
+@hypothesis.given(length=LENGTHS)
+@hypothesis.settings(max_examples=2)
+def test_any_length_is_the_definition_with_its_gradients(rule, length):
+    q, k, v = rules.inputs(length, batch=2, length=length)
+    dout = np.random.default_rng(1).standard_normal(q.shape)
+
+    def run(f):
+        def loss(*x):
+            out = f(*x)
+            return (out * dout).sum(), out
+
+        grads, out = jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+        return out, *grads
+
+    options = more(rule, q, k)
+    got = run(lambda *x: rule.attend(*x, **options))
+    want = run(definitions.of(rule, q, k, v))
+    for name, mine, theirs in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-4, rtol=1e-4, err_msg=name)
+    if length > 40:  # The budget leaves something out.
+        assert np.abs(got[0] - rules.dense(q, k, v, causal=rule.pattern.causal)).max() > 0.1

@@ -175,6 +175,21 @@ def test_hyper_recursion_is_exact_where_all_its_parts_are():
 
 
 @pytest.mark.slow
+def test_hyper_follows_no_later_key_and_no_later_half():
+    # In the rectangle of two halves, a query's place among the others depends on all of them.
+    q, k, v = rules.inputs(5, batch=1, length=40)
+    rule = hyper.Hyper(block_q=8, block_kv=8, samples=4, planes=3, least=12)
+    attend = jitted(lambda q, k, v: rule.attend(q, k, v, impl="reference"))
+    out = attend(q, k, v)
+    for t, queries in [(7, False), (13, False), (33, False), (20, True), (10, True)]:
+        later = (np.arange(40) >= t)[:, None, None]
+        moved = [jnp.where(later, 5 * x[:, ::-1], x) for x in (q, k, v)]
+        changed = attend(moved[0] if queries else q, *moved[1:])
+        np.testing.assert_array_equal(changed[:, :t], out[:, :t])
+        assert np.abs(changed - out)[:, t:].max() > 0.1
+
+
+@pytest.mark.slow
 def test_hyper_estimates_the_rest_without_bias_and_better_with_more_samples():
     q, k, v = rules.inputs(4, batch=1, length=64, heads=1, kv_heads=1)
     q = q / 2

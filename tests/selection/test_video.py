@@ -122,6 +122,14 @@ def test_bi_former_finds_the_region_of_a_matching_patch_for_all_heads():
     assert (np.asarray(more.kv_counts) * 16 == 5 * 256 // 16).all()  # k H W / S^2 tokens.
 
 
+def test_one_region_is_dense():
+    q, k, v = rules.inputs(2, length=48)
+    rule = bi_former.BiFormer(block_q=48, block_kv=48, top_k=1)
+    assert (rules.chosen(rule, q, k) > 0).shape == (2, 1, 1, 1)
+    got = rules.attend(rule, q, k, v)
+    np.testing.assert_allclose(got, rules.dense(q, k, v, causal=False), atol=2e-5)
+
+
 def test_wrong_fields_are_named():
     with pytest.raises(ValueError, match=r"density=1\.5 must be > 0 and <= 1"):
         draft.Draft(density=1.5)
