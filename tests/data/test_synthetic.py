@@ -209,6 +209,19 @@ def test_selective_copy_repeats_in_order():
     assert x["weights"].sum() == 16
 
 
+def copied(task):
+    """The share of answers that stand at their own places."""
+    drawn = [draw(task, seed) for seed in range(20)]
+    return np.concatenate([(x["inputs"] == x["targets"])[scored(x)] for x in drawn]).mean()
+
+
+@pytest.mark.parametrize("cls", TASKS, ids=lambda c: c.__name__)
+def test_what_a_decoder_could_copy_or_not_read_is_not_for_it(cls):
+    task = cls(**SMALL.get(cls, {}))
+    readable = hasattr(task, "vocab_size")
+    assert (task.not_for_decoder is None) == (readable and copied(task) < 0.5), cls
+
+
 def test_compression_scores_every_token():
     x = draw(mad.Compression())
     np.testing.assert_array_equal(x["inputs"], x["targets"])

@@ -175,8 +175,10 @@ class Memorization(base.Task):
 class Compression(base.Task):
     """Random tokens and a mark at the end, from whose state alone all of them are to be read.
 
-    The targets are the inputs themselves: a model must answer from the last position, through a
-    decoder that gets nothing else but places.
+    The targets are the inputs themselves, for an auto-encoder, which this library does not have:
+    the original adds the state of the last position to sines of each place, and two dense layers
+    make a token of each sum. To a causal decoder each place would show its own answer, so the
+    trainer refuses the task (`not_for_decoder`).
 
     >>> x = Compression(vocab_size=4, length=5).example(np.random.default_rng(0))
     >>> x["inputs"].tolist(), bool((x["targets"] == x["inputs"]).all())
@@ -192,6 +194,13 @@ class Compression(base.Task):
     @property
     def chance(self) -> float:
         return 1 / (self.vocab_size - 1)
+
+    @property
+    def not_for_decoder(self) -> str:
+        return (
+            "each place would only copy the token it sees; an auto-encoder that reads all of them "
+            "from the last place's state would do, or selective_copy for a decoder"
+        )
 
     def example(self, rng, *, split="train"):
         tokens = rng.integers(self.vocab_size - 1, size=self.length)
