@@ -71,8 +71,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.train.eval_every = 50
     config.train.eval_batches = 8
     if chosen["size"] == "tiny":  # For tests: the least that tells full attention from a window.
-        config.data.task = "mqar(vocab_size=256, length=32, num_pairs=4, filler='zero')"
-        config.model.pattern = METHODS[chosen["method"]].replace("window=8", "window=2")
+        config.data.task = "mqar(vocab_size=256, length=64, num_pairs=8, filler='zero')"
         config.train.steps = config.train.eval_every = config.train.checkpoint_every = 200
         config.optim.warmup_steps = 10
     return config

@@ -128,26 +128,40 @@ def in_shards(module: str, shards: int) -> Iterator[dict[str, Any]]:
     """Results of the processes `python -m module --shards N --shard i`, as they come.
 
     The processes start together. Each prints its results by `shard_result`; lines of other kinds
-    are left out.
+    are left out. One that ends with another exit code than 0 is named on stderr. Whoever takes no
+    more results ends the processes: none is left on the device.
     """
     command = [sys.executable, "-m", module, f"--shards={shards}"]
-    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    lines: queue.SimpleQueue[tuple[int, str | None]] = queue.SimpleQueue()
+    processes: list[subprocess.Popen] = []
 
-    def read(process):
-        for line in process.stdout:
-            lines.put(line)
-        lines.put(None)
+    def read(shard, pipe):
+        for line in pipe:
+            lines.put((shard, line))
+        lines.put((shard, None))
 
-    for i in range(shards):
-        process = subprocess.Popen([*command, f"--shard={i}"], stdout=subprocess.PIPE, text=True)
-        threading.Thread(target=read, args=(process,), daemon=True).start()
-    left = shards
-    while left:
-        line = lines.get()
-        if line is None:
-            left -= 1
-        elif line.startswith(_RESULT):
-            yield json.loads(line[len(_RESULT) :])
+    try:
+        for i in range(shards):
+            process = subprocess.Popen(
+                [*command, f"--shard={i}"], stdout=subprocess.PIPE, text=True
+            )
+            processes.append(process)
+            threading.Thread(target=read, args=(i, process.stdout), daemon=True).start()
+        left = shards
+        while left:
+            shard, line = lines.get()
+            if line is None:
+                left -= 1
+                if code := processes[shard].wait():
+                    print(f"{module}: shard {shard} ended with {code}", file=sys.stderr, flush=True)
+            elif line.startswith(_RESULT):
+                yield json.loads(line[len(_RESULT) :])
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+        for process in processes:
+            process.wait()
 
 
 def shard_result(result: Mapping[str, Any]) -> None:

@@ -15,6 +15,8 @@ import json
 import os
 import pathlib
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # Shards share the GPU.
 
@@ -221,6 +223,23 @@ def checks() -> list[Check]:
     return cells + features
 
 
+def name_of(result: Mapping[str, Any]) -> str:
+    """What tells the check of a result from others: the fields that are not the usual ones.
+
+    >>> name_of(dataclasses.asdict(Check(64, mask="causal", extra=("bias", "sinks"))))
+    'head_dim=64 mask=causal extra=bias,sinks'
+    >>> name_of(dataclasses.asdict(Check()))
+    'as usual'
+    """
+    told = []
+    for field in dataclasses.fields(Check):
+        value = result[field.name]
+        if value != field.default:
+            value = ",".join(value) if field.name == "extra" else value
+            told.append(f"{field.name}={value}")
+    return " ".join(told) or "as usual"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", type=int, default=8, help="processes")
@@ -238,7 +257,8 @@ def main() -> None:
     results = []
     for result in bench.in_shards("experiments.kernels.gpu_check", options.shards):
         results.append(result)
-        print("ok  " if result["ok"] else "FAIL", f"{len(results)} of {len(checks())}", flush=True)
+        told = f"{len(results)} of {len(checks())}"
+        print("ok  " if result["ok"] else "FAIL", told, name_of(result), flush=True)
     name = bench.file_stem(jax.devices()[0].device_kind)
     bench.write(results, pathlib.Path(options.out) / f"gpu_check_{name}.json")
     bad = [r for r in results if not r["ok"]]

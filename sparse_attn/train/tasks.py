@@ -148,13 +148,13 @@ class Synthetic:
     `config.data.task` is an expression for `catalog.parse`, such as "mqar(length=64)".
 
     Raises:
-      ValueError: there is no such task, or its inputs are not tokens.
+      ValueError: there is no such task, or a decoder learns nothing by it.
     """
 
     def __init__(self, config: Mapping[str, Any], mesh: jax.sharding.Mesh | None = None):
         self._config, self._task = config, catalog.parse(config["data"]["task"])
-        if not hasattr(self._task, "vocab_size"):
-            raise ValueError(f"data.task={config['data']['task']!r} must have tokens as inputs")
+        if (reason := self._task.not_for_decoder) is not None:
+            raise ValueError(f"data.task={config['data']['task']!r} is not for a decoder: {reason}")
         self._vocab = self._task.vocab_size
         self.row_tokens = self._task.length
         self.inputs = jax.ShapeDtypeStruct((1, self.row_tokens), jnp.int32)

@@ -14,6 +14,7 @@ def test_every_task_has_a_name():
     found = catalog.tasks()
     assert found["mqar"] is mqar.Mqar
     assert {"needle", "variable_tracking", "in_context_recall", "list_ops"} <= set(found)
+    assert "noisy_in_context_recall" in found
     assert base.Task not in found.values()
     assert all(catalog.parse(f"{name}()") == cls() for name, cls in found.items())
 

@@ -106,12 +106,53 @@ def test_mqar_asks_each_key_once_for_its_value():
         assert set(np.flatnonzero(x["inputs"][16:]) + 16) == set(at)
 
 
-def test_mqar_gaps_follow_the_power_law():
-    task = mqar.Mqar(vocab_size=256, length=64, num_pairs=1, power_a=0.5)
-    gaps = [(scored(draw(task, seed))[0] - 2) // 2 for seed in range(4000)]
-    seen = np.bincount(gaps, minlength=31) / len(gaps)
-    expected = np.arange(1, 32) ** -0.5
-    np.testing.assert_allclose(seen, expected / expected.sum(), atol=0.02)
+def gaps_of_pairs(task, way, count):
+    """The gap of each pair `[count, num_pairs]`, in the order of the pairs."""
+    begin = 2 * task.num_pairs
+    if way == "batch":
+        return (task.batch(np.random.default_rng(0), count)["places"] - begin) // 2
+    tokens = np.stack([draw(task, seed)["inputs"] for seed in range(count)])
+    keys, rest = tokens[:, 0:begin:2], tokens[:, begin::2]
+    return (rest[:, None] == keys[..., None]).argmax(2)
+
+
+@pytest.mark.parametrize("way", ["example", "batch"])
+@pytest.mark.parametrize("power_a", [0.01, 0.5])
+def test_mqar_gaps_follow_the_power_law(power_a, way):
+    task = mqar.Mqar(vocab_size=64, length=26, num_pairs=3, power_a=power_a, filler="zero")
+    law = np.arange(1.0, 11.0) ** (power_a - 1)
+    law /= law.sum()
+    expected = np.zeros((3, 10))
+    for gaps in itertools.permutations(range(10), 3):  # One after the other, without replacement.
+        chance, left = 1.0, 1.0
+        for gap in gaps:
+            chance, left = chance * law[gap] / left, left - law[gap]
+        expected[range(3), gaps] += chance
+    drawn = gaps_of_pairs(task, way, 5000)
+    seen = [np.bincount(gaps, minlength=10) / len(gaps) for gaps in drawn.T]
+    np.testing.assert_allclose(seen, expected, atol=0.02)
+    # The law of the first pair is not that of the last, which finds the near places taken.
+    assert expected[0, 0] > expected[2, 0] + 0.04
+
+
+@pytest.mark.parametrize("vocab_size", [64, 128])  # Distinct numbers by sorting, by new draws.
+def test_mqar_batches_are_examples(vocab_size):
+    task = mqar.Mqar(vocab_size=vocab_size, length=40, num_pairs=6, filler="zero")
+    x = task.batch(np.random.default_rng(0), 50)
+    keys, values, half = x["inputs"][:, 0:12:2], x["inputs"][:, 1:12:2], vocab_size // 2
+    for drawn, low, high in ((keys, 1, half), (values, half, vocab_size)):
+        assert (np.diff(np.sort(drawn), axis=1) > 0).all()
+        assert low <= drawn.min()
+        assert drawn.max() < high
+    np.testing.assert_array_equal(np.take_along_axis(x["inputs"], x["places"], 1), keys)
+    np.testing.assert_array_equal(x["answers"], values)
+    assert (x["places"] % 2 == 0).all()
+    assert x["places"].min() >= 12
+    assert ((x["inputs"][:, 12:] > 0).sum(1) == 6).all()
+    noisy = dataclasses.replace(task, filler="random").batch(np.random.default_rng(0), 50)
+    kept = x["inputs"] > 0
+    np.testing.assert_array_equal(noisy["inputs"][kept], x["inputs"][kept])
+    assert len(set(noisy["inputs"][~kept])) > 20
 
 
 def test_mqar_random_filler_leaves_pairs_and_questions():
@@ -174,6 +215,17 @@ def test_mad_recall_marks_repeated_keys_only():
     assert trained["weights"].all()
 
 
+def test_mad_noise_is_a_fifth_of_the_pairs_and_of_its_own_tokens():
+    task = mad.NoisyInContextRecall()
+    assert task.chance == 1 / 8
+    pairs = np.stack([draw(task, seed)["inputs"][:-1] for seed in range(50)]).reshape(-1, 2)
+    noise = (pairs >= 16).all(1)
+    assert 0.18 < noise.mean() < 0.22
+    assert pairs[~noise, 0].max() == 7
+    assert set(pairs[~noise, 1]) == set(range(8, 16))
+    assert set(pairs[noise].ravel()) == set(range(16, 32))
+
+
 def test_mad_fuzzy_recall_ends_with_a_pair_seen_before():
     task = mad.FuzzyRecall()
     for seed in range(20):
@@ -187,6 +239,33 @@ def test_mad_fuzzy_recall_ends_with_a_pair_seen_before():
         assert any(tokens[i : i + len(pair)] == pair for i in range(len(tokens) - len(pair)))
         np.testing.assert_array_equal(x["targets"][-answer_size:], pair[3:])
         assert x["weights"][-answer_size:].all()
+
+
+@pytest.mark.parametrize("split", base.SPLITS)
+@pytest.mark.parametrize("length", [22, 48])
+def test_mad_fuzzy_recall_has_the_probe_anywhere_but_always(length, split):
+    task = mad.FuzzyRecall(vocab_size=41, length=length)
+    begins, ends = [], []
+    for seed in range(400):
+        x = draw(task, seed, split=split)
+        tokens = [*x["inputs"].tolist(), int(x["targets"][-1])]
+        answer = next(n for n in range(1, 4) if tokens[-n - 1] < 20)
+        key = next(n for n in range(1, 4) if not tokens[-answer - n - 1] < 20)
+        pair, begin = tokens[-key - answer :], tokens.count(40)
+        # The whole motif: what is before and behind it belongs to other pairs.
+        found = [
+            i
+            for i in range(begin, length + 1 - len(pair))
+            if tokens[i : i + len(pair)] == pair
+            and (i == begin or tokens[i - 1] >= 20)
+            and tokens[i + len(pair)] < 20
+        ]
+        assert found, tokens
+        begins.append(found[0] - begin)
+        ends.append(begins[-1] + len(pair))
+    assert min(begins) == 0
+    # Behind the latest there is room for one more pair, and for itself again.
+    assert max(ends) >= length - 8
 
 
 def test_mad_memorization_is_one_dictionary():
@@ -207,6 +286,19 @@ def test_selective_copy_repeats_in_order():
     np.testing.assert_array_equal(body[body != 14], x["targets"][-16:])
     assert rest.tolist() == [15] + [14] * 16
     assert x["weights"].sum() == 16
+
+
+def copied(task):
+    """The share of answers that stand at their own places."""
+    drawn = [draw(task, seed) for seed in range(20)]
+    return np.concatenate([(x["inputs"] == x["targets"])[scored(x)] for x in drawn]).mean()
+
+
+@pytest.mark.parametrize("cls", TASKS, ids=lambda c: c.__name__)
+def test_what_a_decoder_could_copy_or_not_read_is_not_for_it(cls):
+    task = cls(**SMALL.get(cls, {}))
+    readable = hasattr(task, "vocab_size")
+    assert (task.not_for_decoder is None) == (readable and copied(task) < 0.5), cls
 
 
 def test_compression_scores_every_token():
@@ -290,6 +382,53 @@ def test_listops_by_hand_and_against_another_evaluator():
             code += closing.pop() + "," if word == "]" else "" if word in python else f"{word},"
         assert eval(code, {"np": np})[0] == x["targets"][-1]
         assert 20 < (x["inputs"] != listops.PAD).sum() < 120
+
+
+def trees(tokens, depth=1):
+    """(operator, number of arguments, depth) of every operator of an expression."""
+    found, stack = [], []
+    for token in tokens:
+        if token < 10:
+            stack[-1][1] += 1
+        elif token < listops.CLOSE:
+            if stack:
+                stack[-1][1] += 1
+            stack.append([token - 10, 0, len(stack) + 1])
+        elif token == listops.CLOSE:
+            found.append(tuple(stack.pop()))
+    return found
+
+
+def test_listops_trees_are_drawn_as_in_the_original():
+    # No tree is too long, and only a digit alone too short: numbers are those of the recipe.
+    task = listops.ListOps(length=124, min_size=3, max_depth=3)
+    drawn = [draw(task, seed)["inputs"] for seed in range(2000)]
+    operators, counts, depths = np.array([t for x in drawn for t in trees(x)]).T
+    assert set(depths) == {1, 2}
+    np.testing.assert_allclose(np.bincount(operators) / len(operators), 1 / 4, atol=0.02)
+    for depth in (1, 2):
+        shares = np.bincount(counts[depths == depth], minlength=11) / (depths == depth).sum()
+        np.testing.assert_allclose(shares, [0, 0, *[1 / 9] * 9], atol=0.02)
+    arguments = counts[depths == 1].sum()
+    assert abs((depths == 2).sum() / arguments - 1 / 4) < 0.02  # The other three are digits.
+    tokens = np.concatenate(drawn)
+    digits = np.bincount(tokens[tokens < 10], minlength=10)
+    np.testing.assert_allclose(digits / digits.sum(), 1 / 10, atol=0.01)
+
+
+def test_listops_of_full_size_are_deep_and_all_different():
+    sources = [base.Source(listops.ListOps(), split=s, seed=0, size=20) for s in base.SPLITS]
+    drawn = [source[i]["inputs"] for source in sources for i in range(20)]
+    sizes = [(x != listops.PAD).sum() for x in drawn]
+    assert 500 < min(sizes) < 800
+    assert 1500 < max(sizes) < 2000
+    found = [np.array(trees(x)) for x in drawn]
+    assert {t[:, 2].max() for t in found} == {9}  # Below the ninth there are digits only.
+    assert all(t[:, 1].min() == 2 for t in found)
+    assert max(t[:, 1].max() for t in found) == 10
+    shares = np.bincount(np.concatenate(found)[:, 0]) / sum(map(len, found))
+    np.testing.assert_allclose(shares, 1 / 4, atol=0.02)
+    assert len({listops.text(x) for x in drawn}) == 40
 
 
 def test_regression_targets_are_linear_in_the_inputs():

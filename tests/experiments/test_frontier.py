@@ -3,10 +3,12 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.frontier import report, study
+from experiments.recall import side_by_side
 from sparse_attn.patterns import causal
 from sparse_attn.selection import pooled
 
@@ -43,6 +45,36 @@ def test_dense_is_the_model_that_was_trained():
     assert study.model_of(8, study.rule_of("dense", 0)) == study.model_of(8)
     assert study.model_of(8).config.pattern == causal.Causal()
     assert study.forward_flops(study.model_of(8), 100, 4, 1.0) == 2 * 100 * 4 + 4 * 8 * 2 * 10
+
+
+def logits_of(model, params, data):
+    run = jax.jit(jax.vmap(lambda params, rows: model.apply({"params": params}, rows)))
+    return run(params, data["inputs"])
+
+
+@pytest.fixture(scope="module")
+def dense():
+    """Drawn parameters `[tasks, ...]`, the study's rows of 32 tokens, logits of the dense model."""
+    model, data = study.model_of(8), next(study.batches(32, 8, split="test"))
+    example, keys = jnp.zeros((1, 32), jnp.int32), jax.random.split(jax.random.key(0), 3)
+    params = jax.jit(jax.vmap(lambda key: model.init(key, example)["params"]))(keys)
+    return params, data, logits_of(model, params, data)
+
+
+@pytest.mark.slow  # Three programs each.
+@pytest.mark.parametrize("name", study.RULES)
+def test_a_budget_of_the_whole_row_is_dense(name, dense):
+    params, data, expected = dense
+    # Lines may cross blocks that others cross: only one at every key is sure to cover all.
+    whole = 3 * study.BLOCK * 32 if name == "vertical_slash" else 32
+    model, less = (study.model_of(8, study.rule_of(name, n)) for n in (whole, 8))
+    np.testing.assert_allclose(logits_of(model, params, data), expected, atol=1e-4)
+    accuracies, density = study.measure(model, [params], data)
+    np.testing.assert_array_equal(
+        accuracies[:, 0], jax.vmap(side_by_side.accuracy)(expected, data).astype(float)
+    )
+    assert density == pytest.approx(1.0)
+    assert np.abs(logits_of(less, params, data) - expected).max() > 1e-2
 
 
 @pytest.mark.slow  # Compiles a dozen small models.

@@ -53,7 +53,8 @@ def test_it_goes_on_exactly_where_it_stopped_and_is_reported(tmp_path):
     ("task", "message"),
     [
         ("mqra", "data.task='mqra': 'mqra' is unknown; did you mean 'mqar'"),
-        ("linear_regression", "data.task='linear_regression' must have tokens as inputs"),
+        ("linear_regression", "data.task='linear_regression' is not .* must have tokens as inputs"),
+        ("compression(length=8)", "is not for a decoder: .* copy .* an auto-encoder .* would do"),
     ],
 )
 def test_usage_errors_are_named_and_write_nothing(tmp_path, task, message):

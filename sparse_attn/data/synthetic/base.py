@@ -29,6 +29,11 @@ class Task:
         """Accuracy of guessing among the tokens that can be answers, knowing nothing."""
         raise NotImplementedError(f"{type(self).__name__} must define chance")
 
+    @property
+    def not_for_decoder(self) -> str | None:
+        """Why a causal decoder of tokens learns nothing by it, and what would; None = it learns."""
+        return None
+
     def example(self, rng: np.random.Generator, *, split: str = "train") -> Example:
         """Draws one example; few tasks score `split="test"` in another way than "train"."""
         raise NotImplementedError(f"{type(self).__name__} must define example(rng, split=...)")

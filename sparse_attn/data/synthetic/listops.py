@@ -20,6 +20,8 @@ class ListOps(base.Task):
     node is an operator with probability 1/4, with 2 .. `max_args` arguments; MED is the median
     rounded down, SM the sum modulo 10. An operator counts 2 tokens (itself and its bracket) and a
     digit 1; trees are drawn until their size is in `(min_size, length)`. Padding stands in front.
+    The original drops a tree that it has drawn before; here small trees may come twice, those of
+    hundreds of tokens do not.
     Known to be bimodal between seeds: a sanity check, not a ranking.
 
     >>> task = ListOps(length=12, min_size=4, max_depth=3)

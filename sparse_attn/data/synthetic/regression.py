@@ -39,6 +39,10 @@ class LinearRegression(base.Task):
         """Mean squared error of the constant guess 0: the yardstick, as there is no accuracy."""
         return self.dim + self.noise**2
 
+    @property
+    def not_for_decoder(self) -> str:
+        return "it must have tokens as inputs, not vectors: a model that projects these would do"
+
     def example(self, rng, *, split="train"):
         x = rng.standard_normal((self.num_points, self.dim))
         y = x @ rng.standard_normal(self.dim) + self.noise * rng.standard_normal(self.num_points)
