@@ -15,9 +15,11 @@ from sparse_attn.ops import scoring, tiles
 
 # Numbers in the largest array of a step.
 _AT_ONCE = {"cpu": 1 << 22, "gpu": 1 << 28, "tpu": 1 << 26}
-# Queries in a part that sees one prefix of the keys, at least; and how many parts, at most. Rows of
-# the gate's kernel have a power of two numbers: more parts save little, and each starts anew.
-_PREFIX, _PARTS, _GATE_PREFIX = 2048, 8, 1 << 14
+# Queries in a part that sees one prefix of the keys, at least; and how many parts, at most.
+_PREFIX, _PARTS = 2048, 8
+# As `_PREFIX`, of MoBA's gate on GPUs: a row of its kernel has a power of two numbers, so shorter
+# parts save little, and each is a launch of its own.
+_GATE_PREFIX = 1 << 14
 _LEAST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -81,9 +83,10 @@ def by_prefix(
 
 
 def kernels() -> types.ModuleType | None:
-    """The module of GPU kernels for choices, or None where XLA chooses: to the same result.
+    """The module of GPU kernels for choices, or None where XLA chooses.
 
-    But for scores of half-precision queries and keys that differ in their last bits alone.
+    Both choose the same, but for MoBA's gate in half precision: scores that differ in their last
+    bits alone count as equal there.
 
     >>> with tiles.assume(tiles.Target("tpu", "TPU v5 lite")):
     ...     print(kernels())

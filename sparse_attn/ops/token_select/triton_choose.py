@@ -22,7 +22,7 @@ _MOST_MEANS = 512  # with a tile of queries, whose scores stay in registers
 _MOST_HEADS = 128  # of a KV head
 _MOST_PER_BLOCK = 128  # strides
 _MAX_HEAD_DIM = 256
-_GATES = 1024  # programs, at least, where there is so much to do
+_GATES = 1024  # Programs of the gate, at least, before one of them takes several tiles.
 
 
 class Rows(NamedTuple):

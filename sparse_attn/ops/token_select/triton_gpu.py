@@ -140,9 +140,10 @@ def _forward_bytes(inputs, tile: Tile) -> int:
 
 
 def _flipped(inputs, tile: Tile) -> bool:
-    """Whether few rows are the columns of the product for dq: Hopper's have 64 rows at least.
+    """Whether dq is made transposed, `keys^T @ ds`, as a tile has fewer than 64 rows.
 
-    Keys then lie in shared memory the other way round too, which must fit.
+    A Hopper product has 64 rows at least: in the transposed one these are dimensions, and the few
+    rows of the tile its columns. Keys lie in shared memory the other way round too, which must fit.
     """
     if not tiles.target().compute_capability.startswith("9.") or tile.rows >= 64:
         return False
@@ -189,7 +190,8 @@ def _over(inputs, step, dtype):
     found = step(None, *first, jnp.float32)
     if each[0].shape[0] > 2:
         found = jax.lax.scan(lambda found, x: (step(found, *x, jnp.float32), None), found, rest)[0]
-    # Else its kernels may run before, and two steps' partial results lie in memory.
+    # Its kernels do not need what was found before; without a barrier they may run early, and the
+    # partial results of two steps lie in memory at once.
     found, last = jax.lax.optimization_barrier((found, last))
     return step(found, *last, dtype)
 
