@@ -16,7 +16,7 @@ from sparse_attn.ops import tiles
 from sparse_attn.ops.token_select import compress, lists
 from sparse_attn.patterns import base as patterns_base
 from sparse_attn.patterns import causal
-from sparse_attn.train import flops, state, tasks
+from sparse_attn.train import flops, tasks
 from tests.ops import contract
 from tests.ops.test_token_select import largest
 from tests.train import tiny
@@ -333,14 +333,7 @@ def test_a_schedule_with_static_layers_shares_the_parameters():
 @pytest.mark.slow
 def test_a_model_trains():
     pattern = patterns_base.parse(f"per_layer((local(window=6), {SMALL}))")
-    model, optimizer = tiny.model(pattern=pattern), tiny.optimizer(steps=12)
-    step, now = state.make_train_step(model, optimizer), tiny.new_state(model, optimizer)
-    losses = []
-    for batch, _ in zip(tiny.Batches(), range(12)):
-        now, metrics = step(now, batch)
-        losses.append(float(metrics["loss"]))
-    assert np.isfinite(losses).all()
-    assert np.mean(losses[-2:]) < losses[0] - 0.1
+    tiny.check_it_learns(tiny.model(pattern=pattern))
 
 
 def test_config_names_it():

@@ -11,7 +11,7 @@ import pytest
 from sparse_attn.models import transformer
 from sparse_attn.models.mixers import nsa, nsa_latent
 from sparse_attn.patterns import base as patterns_base
-from sparse_attn.train import flops, state, tasks
+from sparse_attn.train import flops, tasks
 from tests.models import test_nsa
 from tests.ops import contract
 from tests.train import tiny
@@ -289,15 +289,7 @@ def test_layers_alternate_in_a_model():
 @pytest.mark.slow
 def test_a_model_trains():
     """Of a local and a global layer, on packed documents."""
-    model = tiny.model(pattern=patterns_base.parse(SCHEDULE), head_dim=8)
-    optimizer = tiny.optimizer(steps=12)
-    step, now = state.make_train_step(model, optimizer), tiny.new_state(model, optimizer)
-    losses = []
-    for batch, _ in zip(tiny.Batches(), range(12)):
-        now, metrics = step(now, batch)
-        losses.append(float(metrics["loss"]))
-    assert np.isfinite(losses).all()
-    assert np.mean(losses[-2:]) < losses[0] - 0.1
+    tiny.check_it_learns(tiny.model(pattern=patterns_base.parse(SCHEDULE), head_dim=8))
 
 
 def test_config_names_it():

@@ -9,7 +9,7 @@ import pytest
 
 from sparse_attn.models import attention, transformer
 from sparse_attn.patterns import base as patterns_base
-from sparse_attn.train import flops, state, tasks
+from sparse_attn.train import flops, tasks
 from tests.selection import rules
 from tests.train import tiny
 
@@ -54,14 +54,7 @@ def test_layer_selects_from_rotated_queries_and_keys():
     ],
 )
 def test_a_model_trains(pattern):
-    model, optimizer = config(pattern), tiny.optimizer(steps=12)
-    step = state.make_train_step(model, optimizer)
-    now, losses = tiny.new_state(model, optimizer), []
-    for batch, _ in zip(tiny.Batches(), range(12)):
-        now, metrics = step(now, batch)
-        losses.append(float(metrics["loss"]))
-    assert np.isfinite(losses).all()
-    assert np.mean(losses[-2:]) < losses[0] - 0.1
+    tiny.check_it_learns(config(pattern))
 
 
 def test_parameters_do_not_depend_on_a_rule_without_parameters():

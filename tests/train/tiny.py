@@ -26,6 +26,18 @@ def new_state(model_, optimizer_, seed=0):
     return state.create(model_, optimizer_, key=jax.random.key(seed), length=CONTEXT)
 
 
+def check_it_learns(model_, steps=12):
+    """The loss of a few steps is finite, and falls."""
+    optimizer_ = optimizer(steps=steps)
+    step, now = state.make_train_step(model_, optimizer_), new_state(model_, optimizer_)
+    losses = []
+    for batch, _ in zip(Batches(), range(steps)):
+        now, metrics = step(now, batch)
+        losses.append(float(metrics["loss"]))
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-2:]) < losses[0] - 0.1
+
+
 class Batches:
     """An endless stream whose tokens follow from the one before; resumable as the real one is."""
 
