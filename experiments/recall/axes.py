@@ -16,7 +16,6 @@ import numpy as np
 from experiments.kernels import bench
 from experiments.recall import side_by_side
 from sparse_attn.data.synthetic import attention_axes, catalog
-from sparse_attn.models import transformer
 from sparse_attn.patterns import base as patterns_base
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -50,17 +49,10 @@ def run(
     task: attention_axes.AttentionAxes, pattern: patterns_base.Pattern, *, steps: int, test: int
 ) -> list[float]:
     """Test accuracy of one layer behind a short convolution, for each seed; trained together."""
-    model = transformer.Transformer(
-        transformer.TransformerConfig(
-            vocab_size=task.vocab_size, num_layers=1, embed_dim=32, num_heads=1, mlp_dim=64,
-            pattern=pattern, block=4, impl="reference", rope_base=None, short_conv=3,
-        )
-    )  # fmt: skip
+    model = side_by_side.one_layer(task.vocab_size, pattern)
     keys = jax.random.split(jax.random.key(0), SEEDS)
     train, drawn = (
-        side_by_side.batches(
-            [catalog.Batches(task, split=split, seed=s, batch_size=rows) for s in range(SEEDS)]
-        )
+        side_by_side.of_seeds(task, SEEDS, split=split, rows=rows)
         for split, rows in (("train", BATCH), ("test", test))
     )
     params = side_by_side.train(model, keys, train, length=task.length, steps=steps, rate=RATE)

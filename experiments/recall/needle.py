@@ -30,7 +30,7 @@ METHODS = {
     "sinks + window 16": "local(window=16) | sinks(tokens=4)",
     "dilated": "local(window=4) | dilated(window=8, dilation=6)",
 }
-VOCAB, SHORT_CONV, SEEDS = 96, 3, 3
+VOCAB, SEEDS = 96, 3
 LENGTHS, DEPTHS = (16, 32, 48, 64), tuple(i / 8 for i in range(9))
 STEPS, BATCH, TEST, RATE = 400, 64, 512, 1e-2
 
@@ -48,21 +48,15 @@ def in_reach(pattern: patterns_base.Pattern, task: needle.Needle) -> bool:
     """
     value = task.needle_place() + 1
     field = receptive_field(pattern, task.length, num_layers=1, queries=[task.length - 1])
-    return bool(field.reached[-1, value : value + SHORT_CONV].any())
+    return bool(field.reached[-1, value : value + side_by_side.SHORT_CONV].any())
 
 
 def train(pattern: patterns_base.Pattern, *, steps: int) -> tuple[transformer.Transformer, Any]:
     """The model, and its parameters `[seeds, ..]`."""
-    model = transformer.Transformer(
-        transformer.TransformerConfig(
-            vocab_size=VOCAB, num_layers=1, embed_dim=32, num_heads=1, mlp_dim=64, pattern=pattern,
-            block=4, impl="reference", rope_base=None, short_conv=SHORT_CONV,
-        )
-    )  # fmt: skip
-    task = task_of(LENGTHS[-1])
-    data = [catalog.Batches(task, split="train", seed=s, batch_size=BATCH) for s in range(SEEDS)]
+    model, task = side_by_side.one_layer(VOCAB, pattern), task_of(LENGTHS[-1])
     params = side_by_side.train(
-        model, jax.random.split(jax.random.key(0), SEEDS), side_by_side.batches(data),
+        model, jax.random.split(jax.random.key(0), SEEDS),
+        side_by_side.of_seeds(task, SEEDS, split="train", rows=BATCH),
         length=task.length, steps=steps, rate=RATE,
     )  # fmt: skip
     return model, params
@@ -124,22 +118,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--test", type=int, default=TEST, help="test rows of a cell")
     options = parser.parse_args(argv)
+    tasks = [task_of(length, depth) for length in LENGTHS for depth in DEPTHS]
+    drawn = [
+        next(catalog.Batches(task, split="test", seed=0, batch_size=options.test)) for task in tasks
+    ]
     cells: list[dict[str, Any]] = []
     for method, expression in METHODS.items():
         began, pattern = time.perf_counter(), patterns_base.parse(expression)
         model, params = train(pattern, steps=options.steps)
         test = accuracy_of(model)
-        for length in LENGTHS:
-            for depth in DEPTHS:
-                task = task_of(length, depth)
-                batch = next(catalog.Batches(task, split="test", seed=0, batch_size=options.test))
-                cells.append(
-                    {
-                        "method": method, "length": length, "depth": depth,
-                        "accuracy": np.asarray(test(params, batch), float).tolist(),
-                        "in_reach": in_reach(pattern, task), "chance": task.chance,
-                    }
-                )  # fmt: skip
+        cells += [
+            {
+                "method": method, "length": task.length, "depth": task.depth,
+                "accuracy": np.asarray(test(params, batch), float).tolist(),
+                "in_reach": in_reach(pattern, task), "chance": task.chance,
+            }
+            for task, batch in zip(tasks, drawn, strict=True)
+        ]  # fmt: skip
         print(f"{method}: {time.perf_counter() - began:.0f} s", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     bench.write({"steps": options.steps, "test": options.test, "cells": cells},

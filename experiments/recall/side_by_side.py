@@ -14,6 +14,8 @@ from sparse_attn.data.synthetic import catalog
 from sparse_attn.models import transformer
 from sparse_attn.train import state
 
+SHORT_CONV = 3  # tokens
+
 
 def batches(each: Sequence[catalog.Batches]) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches `[models, rows, T]`, those of a model from its own source.
@@ -25,6 +27,32 @@ def batches(each: Sequence[catalog.Batches]) -> Iterator[dict[str, np.ndarray]]:
     """
     for drawn in zip(*each):
         yield {n: np.stack([x[n] for x in drawn]) for n in ("inputs", "targets", "weights")}
+
+
+def one_layer(vocab_size: int, pattern: Any) -> transformer.Transformer:
+    """A layer of attention, 32 wide, behind a convolution of SHORT_CONV tokens; no positions.
+
+    >>> from sparse_attn.patterns import causal
+    >>> one_layer(96, causal.Causal()).config.short_conv
+    3
+    """
+    return transformer.Transformer(
+        transformer.TransformerConfig(
+            vocab_size=vocab_size, num_layers=1, embed_dim=32, num_heads=1, mlp_dim=64,
+            pattern=pattern, block=4, impl="reference", rope_base=None, short_conv=SHORT_CONV,
+        )
+    )  # fmt: skip
+
+
+def of_seeds(task: Any, seeds: int, *, split: str, rows: int) -> Iterator[dict[str, np.ndarray]]:
+    """`batches` of one task, those of each seed its own.
+
+    >>> next(of_seeds(catalog.parse("mqar"), 3, split="train", rows=2))["inputs"].shape
+    (3, 2, 64)
+    """
+    return batches(
+        [catalog.Batches(task, split=split, seed=s, batch_size=rows) for s in range(seeds)]
+    )
 
 
 def train(

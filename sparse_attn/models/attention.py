@@ -126,23 +126,14 @@ class SelfAttention(nn.Module):
         q_BTNH = project(self.num_heads, "query")
         k_BTKH = project(self.num_kv_heads, "key")
         v_BTKH = project(self.num_kv_heads, "value")
-        if self.short_conv is not None:
-            if self.tokens.order is not None:
-                raise ValueError(
-                    f"short_conv={self.short_conv} must be None for tokens in another order"
-                )
-            q_BTNH, k_BTKH, v_BTKH = (
-                short_conv_lib.short_conv(
-                    x,
-                    self.param(name, short_conv_lib.init, (self.short_conv, *x.shape[2:])),
-                    segment_ids,
-                )
-                for x, name in (
-                    (q_BTNH, "query_taps"),
-                    (k_BTKH, "key_taps"),
-                    (v_BTKH, "value_taps"),
-                )
+        if self.short_conv is not None and self.tokens.order is not None:
+            raise ValueError(
+                f"short_conv={self.short_conv} must be None for tokens in another order"
             )
+        q_BTNH, k_BTKH, v_BTKH = (
+            short_conv_lib.convolved(self, x, name, segment_ids)
+            for x, name in ((q_BTNH, "query"), (k_BTKH, "key"), (v_BTKH, "value"))
+        )
         if self.rope_base is not None:
             q_BTNH = rope(q_BTNH, positions, base=self.rope_base)
             k_BTKH = rope(k_BTKH, positions, base=self.rope_base)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
@@ -30,6 +31,29 @@ def short_conv(
             moved = jnp.where((before == segment_ids)[:, :, None, None], moved, 0)
         total = total + moved.astype(jnp.float32) * taps_WNH[back]
     return total.astype(x_BTNH.dtype)
+
+
+def convolved(
+    module: nn.Module,
+    x_BTNH: Float[jax.Array, "B T N H"],
+    name: str,
+    segment_ids: Int[jax.Array, "B T"] | None = None,
+) -> Float[jax.Array, "B T N H"]:
+    """`short_conv` with the module's parameter `<name>_taps`, as wide as its `short_conv`; or `x`.
+
+    >>> class Layer(nn.Module):
+    ...     short_conv: int | None = 3
+    ...     @nn.compact
+    ...     def __call__(self, x):
+    ...         return convolved(self, x, "key")
+    >>> variables = Layer().init(jax.random.key(0), jnp.ones((1, 5, 2, 4)))
+    >>> variables["params"]["key_taps"].shape
+    (3, 2, 4)
+    """
+    if module.short_conv is None:
+        return x_BTNH
+    taps_WNH = module.param(f"{name}_taps", init, (module.short_conv, *x_BTNH.shape[2:]))
+    return short_conv(x_BTNH, taps_WNH, segment_ids)
 
 
 def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

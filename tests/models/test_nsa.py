@@ -221,16 +221,19 @@ def test_any_length(length, seed, rule, heads):
     check(rule, length, seed, heads=heads[0], kv_heads=heads[1])
 
 
-def test_no_output_follows_a_later_token():
-    layer, variables, x = made(RULE, 48, impl="reference")
-    apply = jit(layer.apply)
-    x = np.asarray(x)
+def check_no_output_follows_a_later_token(layer, variables, x):
+    """Of rows of 48 tokens."""
+    apply, x = jit(layer.apply), np.asarray(x)
     before = np.asarray(apply(variables, x))
     for t in (5, 17, 31):
         later = (np.arange(48) > t)[None, :, None]
         after = np.asarray(apply(variables, np.where(later, 5 * x[:, ::-1] + 1, x)))
         np.testing.assert_allclose(after[:, : t + 1], before[:, : t + 1], atol=1e-6)
         assert np.abs(after[:, t + 1 :] - before[:, t + 1 :]).max() > 0.1
+
+
+def test_no_output_follows_a_later_token():
+    check_no_output_follows_a_later_token(*made(RULE, 48, impl="reference"))
 
 
 def test_documents_are_rows_of_their_own():

@@ -256,11 +256,7 @@ class NativeSparseAttention(nn.Module):
 
         def project(heads, name):
             x = self._project(x_BTD, heads, self.head_dim, name)
-            if self.short_conv is None:
-                return x
-            shape = (self.short_conv, heads, self.head_dim)
-            taps = self.param(f"{name}_taps", short_conv_lib.init, shape)
-            return short_conv_lib.short_conv(x, taps, segment_ids)
+            return short_conv_lib.convolved(self, x, name, segment_ids)
 
         def keys_of(branch):
             name = "" if branch == "selected" else f"_{branch}"
@@ -288,7 +284,7 @@ class NativeSparseAttention(nn.Module):
         outs, selected = whole_rows.run(self._attend, (q, arrays), segment_ids)
         if selected is not None:
             self.sow("intermediates", "selected", selected)
-        return {name: outs[name] for name in self.rule.branches}
+        return outs
 
     def _attend(self, arrays, segment_ids):
         """Outputs of the branches by name, and the selected blocks; of some rows and heads."""
@@ -317,7 +313,7 @@ class NativeSparseAttention(nn.Module):
                 q, *keys["window"], mask=local_lib.Local(window=rule.window),
                 segment_ids=segment_ids, scale=scale, impl=self.impl,
             )  # fmt: skip
-        return outs, selected
+        return {name: outs[name] for name in rule.branches}, selected
 
     def _compressed(self, x_BSKH, name):
         """One key (value) per block of `compress_block` tokens, `[B, n, K, H]`.  [eq. 7]"""

@@ -29,6 +29,9 @@ _SMALL_THINGS = 2048  # Bytes of shared memory for statistics, barriers and sums
 _AT_ONCE = 1 << 32
 
 
+once = triton_choose.once  # Of the backend, see `inputs.Backend`.
+
+
 class Tile(NamedTuple):
     """What a program works on, and how many warps and pipeline stages work on it.
 
@@ -199,11 +202,6 @@ def _over(inputs, step, dtype):
 def _entries(inputs, tile: Tile) -> int:
     """Entries of a tile: the heads of each are padded to a power of two."""
     return tile.rows // tiles.power_of_two(inputs.sizes[1])
-
-
-def once(selected: Any, blocks: int) -> Any:
-    """Lists without repetitions and blocks that there are not, -1 instead."""
-    return triton_choose.once(selected, blocks)
 
 
 def _planned(inputs) -> int:
